@@ -1,0 +1,98 @@
+"""What an engine says of itself (``GET /v1/state``): the truth about its instance that the operator reports on."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from resilientllm_api.plan import Frozen, StageId
+
+
+class EnginePhase(StrEnum):
+    """Where the engine is. ``Serving`` and ``Degraded`` take new requests."""
+
+    STARTING = "Starting"
+    """Imports, and waits for its plan."""
+    ATTACHING = "Attaching"
+    """Dials its stages and agrees the KV layout with them."""
+    SERVING = "Serving"
+    """Runs on its own stages."""
+    DEGRADED = "Degraded"
+    """Serves, with a donor in place of at least one own stage."""
+    RECOVERING = "Recovering"
+    """Re-stitches; lasts milliseconds."""
+    WAITING = "Waiting"
+    """A stage is lost and no donor can stand in: requests wait for a bounded time."""
+    FAILED = "Failed"
+    """Cannot attach, for a reason that waiting does not mend; ``message`` says which."""
+
+
+class LossReason(StrEnum):
+    """How a loss was noticed."""
+
+    RESET = "ConnectionReset"
+    NEIGHBOUR = "ReportedByNeighbour"
+    SELF = "ReportedByItself"
+    SILENCE = "HeartbeatMissed"
+
+
+class RecoveryKind(StrEnum):
+    BORROW = "Borrow"
+    """A donor took the place of a lost stage."""
+    SWAP_BACK = "SwapBack"
+    """The instance's own stage is back in its place."""
+
+
+class StageServing(Frozen):
+    """Which stage serves a place of the pipeline."""
+
+    stage: Annotated[int, Field(ge=0)]
+    served_by: StageId | None
+    """The instance's own stage, a donor, or nobody."""
+    own_connected: bool
+    """Whether the instance's own stage answers."""
+    donors_connected: int = 0
+
+
+class Recovery(Frozen):
+    """One re-stitch. Times are measured on the engine's monotonic clock; ``detected_at`` is wall-clock, UTC."""
+
+    id: str
+    kind: RecoveryKind
+    stages: tuple[int, ...]
+    """The places of the pipeline that changed hands."""
+    reason: LossReason | None = None
+    """Why, for ``Borrow``."""
+    served_by: tuple[StageId, ...] = ()
+    detected_at: datetime
+    resumed_at: datetime | None = None
+    """First token after it, or the time of the stitch when no request was running."""
+    phases_ms: dict[str, float] = {}
+    """``fence``, ``wait`` (for a donor; absent if there was one), ``stitch``, ``rollBack``, ``resume``, ``total``; milliseconds."""
+    requests: int = 0
+    """Requests that were running."""
+    tokens_recomputed: int = 0
+    """Tokens whose KV had to be computed again."""
+
+
+class EngineState(Frozen):
+    instance: Annotated[int, Field(ge=0)]
+    phase: EnginePhase
+    message: str = ""
+    """For people: what it waits for, and what to do."""
+    term: int = 0
+    epoch: int = 0
+    plan_version: int = 0
+    serving: bool = False
+    """New requests will be served now."""
+    on_own_stages: bool = False
+    stages: tuple[StageServing, ...] = ()
+    recoveries: tuple[Recovery, ...] = ()
+    """The last ten, oldest first."""
+    recoveries_total: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    tokens_recomputed_total: int = 0
