@@ -70,8 +70,9 @@ class Recovery(Frozen):
     detected_at: datetime
     resumed_at: datetime | None = None
     """First token after it, or the time of the stitch when no request was running."""
-    phases_ms: dict[str, float] = {}
-    """``fence``, ``wait`` (for a donor; absent if there was one), ``stitch``, ``rollBack``, ``resume``, ``total``; milliseconds."""
+    phases_ms: dict[str, float] = Field(default_factory=dict)
+    """Milliseconds: ``fence``, ``wait`` (for a donor; absent if there was one), ``stitch``, ``rollBack``, ``resume``,
+    and ``total``."""
     requests: int = 0
     """Requests that were running."""
     tokens_recomputed: int = 0

@@ -1,0 +1,460 @@
+"""The custom resource ``ResilientLLM``: what a user asks for (``spec``) and what is true of it (``status``).
+
+The schema in ``crds/`` is generated from these classes (:mod:`resilientllm_api.crd_schema`), docstrings included:
+they are what ``kubectl explain`` prints. Rules that a type cannot express are CEL rules beside their class, each
+with a message for the person whose object was refused.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from resilientllm_api.durations import DURATION_PATTERN
+from resilientllm_api.engine_state import RecoveryKind
+
+GROUP = "resilientllm.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "ResilientLLM"
+PLURAL = "resilientllms"
+SINGULAR = "resilientllm"
+SHORT_NAME = "rllm"
+
+NAME_MAX_LENGTH = 40
+"""Leaves room for ``-<instance>-s<stage>-<suffix>`` in the 63 characters of a pod's host name."""
+MAX_INSTANCES = 16
+MAX_STAGES = 64
+
+RETRY_ANNOTATION = f"{GROUP}/retry"
+"""A new value makes the operator try again what it had given up, without a change of the spec."""
+
+# The operator sets these itself; a second value would make engine and stages disagree about the pipeline.
+_OWN_FLAGS = (
+    "model|host|port|served-model-name|pipeline-parallel-size|tensor-parallel-size|distributed-executor-backend|"
+    "scheduler-cls|instance|stage|listen|health|plan-file|control|token-file|pool-fraction|api-key|uds|ssl-[a-z-]+"
+)
+_QUANTITY = (
+    r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))"
+    r"(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
+)
+
+
+def rule(rule: str, message: str, **more: str) -> dict[str, str]:
+    """One CEL rule, as ``x-kubernetes-validations`` wants it."""
+    return {"rule": rule, "message": message, **more}
+
+
+def validated(*rules: dict[str, str]) -> dict[str, Any]:
+    return {"x-kubernetes-validations": list(rules)}
+
+
+class CrdModel(BaseModel):
+    """Plain, immutable data. Unknown fields are ignored, so that an operator reads objects of a newer schema."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        alias_generator=lambda name: name.split("_")[0] + "".join(part.capitalize() for part in name.split("_")[1:]),
+    )
+
+
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
+Name = Annotated[str, Field(min_length=1, max_length=253)]
+Duration = Annotated[str, Field(pattern=DURATION_PATTERN, max_length=32)]
+Quantity = Annotated[str | int, Field(json_schema_extra={"x-kubernetes-int-or-string": True, "pattern": _QUANTITY})]
+
+
+class ImagePullPolicy(StrEnum):
+    ALWAYS = "Always"
+    IF_NOT_PRESENT = "IfNotPresent"
+    NEVER = "Never"
+
+
+class PersistentVolumeClaim(CrdModel):
+    claim_name: Name
+    """A PersistentVolumeClaim in the object's namespace; it is mounted read-only by all pods at once."""
+
+
+class ModelVolume(CrdModel):
+    """Where the model's files come from, when they are not in the image."""
+
+    persistent_volume_claim: PersistentVolumeClaim
+    mount_path: Annotated[str, Field(pattern=r"^/[^:]*$", max_length=512)] = "/models"
+    """Where the volume appears in the pods."""
+
+
+class Model(CrdModel):
+    """Which model to serve."""
+
+    model_config = ConfigDict(
+        json_schema_extra=validated(
+            rule(
+                "has(self.path) != has(self.name)",
+                "set either model.path (a folder in the pod) or model.name (a model of the Hugging Face hub), "
+                "and not both",
+            )
+        )
+    )
+
+    path: Annotated[str, Field(pattern=r"^/[^\s]*$", max_length=1024)] | None = None
+    """A folder in the pods, for example under model.volume.mountPath. Nothing is downloaded."""
+    name: Annotated[str, Field(pattern=r"^[^\s/-][^\s]*$", max_length=256)] | None = None
+    """A model of the Hugging Face hub; every stage downloads what it needs."""
+    served_name: Annotated[str, Field(pattern=r"^[^\s-][^\s]*$", max_length=256)] | None = None
+    """The model's name in the API. Default: the name of the object."""
+    volume: ModelVolume | None = None
+
+
+class SecretKey(CrdModel):
+    name: Name
+    """The Secret, in the object's namespace."""
+    key: Name
+
+
+class EnvVarSource(CrdModel):
+    secret_key_ref: SecretKey
+
+
+class EnvVar(CrdModel):
+    """One environment variable: a value, or a key of a Secret."""
+
+    model_config = ConfigDict(
+        json_schema_extra=validated(
+            rule("!(has(self.value) && has(self.valueFrom))", "set either value or valueFrom, and not both")
+        )
+    )
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=253)]
+    value: Annotated[str, Field(max_length=4096)] | None = None
+    value_from: EnvVarSource | None = None
+
+
+class Resources(CrdModel):
+    """As in a container. GPUs are asked for here, for example ``limits: {nvidia.com/gpu: 1}``."""
+
+    requests: Annotated[dict[str, Quantity], Field(max_length=16)] | None = None
+    limits: Annotated[dict[str, Quantity], Field(max_length=16)] | None = None
+
+
+class Toleration(CrdModel):
+    key: Name | None = None
+    operator: Annotated[str, Field(json_schema_extra={"enum": ["Exists", "Equal"]})] | None = None
+    value: Annotated[str, Field(max_length=253)] | None = None
+    effect: (
+        Annotated[str, Field(json_schema_extra={"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]})] | None
+    ) = None
+    toleration_seconds: int | None = None
+
+
+Env = Annotated[
+    tuple[EnvVar, ...],
+    Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+]
+
+
+class PodTemplate(CrdModel):
+    """What the pods of one kind get beside what the operator gives them."""
+
+    env: Env = ()
+    """Added to spec.env."""
+    resources: Resources = Resources()
+    node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)] | None = None
+    """Nodes must carry these labels."""
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
+
+
+class ReplicationMode(StrEnum):
+    NONE = "None"
+    """A donor computes the KV cache of the requests that it takes over again, from their tokens."""
+    RING = "Ring"
+    """Every stage keeps copies of the KV blocks of the same stage of the instance before it."""
+
+
+class Replication(CrdModel):
+    """What stages keep for the instances that they may have to stand in for."""
+
+    model_config = ConfigDict(
+        json_schema_extra=validated(
+            rule(
+                "self.mode == 'None'",
+                "replication.mode Ring is not implemented yet: use None (running requests survive the loss of a "
+                "stage, their KV cache is computed again)",
+            )
+        )
+    )
+
+    mode: ReplicationMode = ReplicationMode.NONE
+    """None: recompute. Ring: keep copies of KV blocks (not implemented yet)."""
+    pool_percent: Annotated[int, Field(ge=5, le=90)] | None = None
+    """Share of a stage's KV memory that is kept for guests. Default: the worker's own."""
+    topology_key: Annotated[str, Field(min_length=1, max_length=253)] = "kubernetes.io/hostname"
+    """The node label that names a failure domain: two copies of the same stage are never in the same one."""
+
+
+class RecoveryPolicy(CrdModel):
+    """Times after which an engine acts on its own, without the operator."""
+
+    model_config = ConfigDict(
+        json_schema_extra=validated(
+            rule(
+                "duration(self.heartbeatTimeout) > duration(self.heartbeatInterval)",
+                "recovery.heartbeatTimeout must be longer than recovery.heartbeatInterval: "
+                "a stage that misses no heartbeat would count as lost",
+            ),
+            rule(
+                "duration(self.heartbeatInterval) >= duration('10ms') && duration(self.waitForDonor) >= duration('0s')"
+                " && duration(self.waitForDonor) <= duration('24h') && duration(self.heartbeatTimeout) <= "
+                "duration('24h')",
+                "recovery.heartbeatInterval must be at least 10ms, and no time longer than 24h",
+            ),
+        )
+    )
+
+    wait_for_donor: Duration = "30s"
+    """How long a request waits while no stage can stand in for a lost one; then it fails, and may be sent again."""
+    heartbeat_interval: Duration = "250ms"
+    """How often a stage says that it is alive and how far its work has come."""
+    heartbeat_timeout: Duration = "3s"
+    """A stage that was silent for so long is lost."""
+
+
+class ServicePolicy(CrdModel):
+    """The Service in front of all instances. It has the name of the object."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 80
+
+
+class ResilientLLMSpec(CrdModel):
+    """What should be."""
+
+    model_config = ConfigDict(
+        json_schema_extra=validated(
+            rule(
+                "self.model == oldSelf.model",
+                "spec.model cannot change: make another ResilientLLM, and delete this one when the other is Ready",
+            ),
+            rule(
+                "self.stages == oldSelf.stages",
+                "spec.stages cannot change, because it decides which weights every stage holds: "
+                "make another ResilientLLM, and delete this one when the other is Ready",
+            ),
+            rule(
+                "self.tensorParallelSize == oldSelf.tensorParallelSize",
+                "spec.tensorParallelSize cannot change, because it decides which weights every rank holds: "
+                "make another ResilientLLM, and delete this one when the other is Ready",
+            ),
+            rule(
+                f"!has(self.args) || !self.args.exists(a, a.replace('_', '-').matches('^(--({_OWN_FLAGS})([=].*)?"
+                "|-[pt]p([=0-9].*)?)$'))",
+                "spec.args must not set what the operator sets itself: use spec.model, spec.stages, "
+                "spec.tensorParallelSize, spec.replication.poolPercent and spec.service instead; TLS and API keys "
+                "belong in a gateway in front of the Service",
+            ),
+        )
+    )
+
+    image: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\s]+$")]
+    """The worker image, for engines and stages."""
+    image_pull_policy: ImagePullPolicy = ImagePullPolicy.IF_NOT_PRESENT
+    model: Model
+    instances: Annotated[int, Field(ge=1, le=MAX_INSTANCES)] = 2
+    """Complete copies of the model that serve requests. With one, no other can stand in for a lost stage."""
+    stages: Annotated[int, Field(ge=1, le=MAX_STAGES)]
+    """Pipeline-parallel slices of an instance; each is a pod of its own."""
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
+    """Ranks in a stage. On GPUs every rank needs one: ask for as many in spec.stage.resources."""
+    args: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
+    """Flags of ``vllm serve``; engines and stages get the same."""
+    env: Env = ()
+    """Environment of engines and stages."""
+    engine: PodTemplate = PodTemplate()
+    """Pods of engines: the scheduler and the API of an instance. They hold no weights."""
+    stage: PodTemplate = PodTemplate()
+    """Pods of stages."""
+    replication: Replication = Replication()
+    recovery: RecoveryPolicy = RecoveryPolicy()
+    service: ServicePolicy = ServicePolicy()
+
+
+class ConditionType(StrEnum):
+    READY = "Ready"
+    """Every instance serves, and a real token of each was seen."""
+    AVAILABLE = "Available"
+    """At least one instance serves: requests to the endpoint are answered."""
+    DEGRADED = "Degraded"
+    """Something that served is lost: a donor stands in, or an instance is down."""
+    PROGRESSING = "Progressing"
+    """The operator works on it, or waits for the cluster. False: done, or it waits for a person."""
+
+
+class ConditionStatus(StrEnum):
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+class Condition(CrdModel):
+    type: Annotated[str, Field(max_length=316)]
+    status: ConditionStatus
+    observed_generation: int
+    """The generation of the spec that this condition speaks of."""
+    last_transition_time: datetime
+    """When the status changed last."""
+    reason: Annotated[str, Field(pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", max_length=128)]
+    """One of the documented constants; for programs."""
+    message: Annotated[str, Field(max_length=32768)]
+    """For people: what is the matter with which object, and what to do."""
+
+
+class StageStatus(CrdModel):
+    stage: int
+    pod: str | None = None
+    """The pod of the instance's own stage."""
+    node: str | None = None
+    ready: bool = False
+    """The pod has loaded its weights."""
+    served_by: str | None = None
+    """The stage that does the work now, as instance.stage: the own one, or a donor."""
+
+
+class InstancePhase(StrEnum):
+    PENDING = "Pending"
+    """Its engine does not answer yet."""
+    STARTING = "Starting"
+    """The engine waits for its stages."""
+    VERIFYING = "Verifying"
+    """The engine says that it serves; a real token is awaited."""
+    SERVING = "Serving"
+    """Serves on its own stages."""
+    DEGRADED = "Degraded"
+    """Serves, with a donor in place of at least one own stage."""
+    RECOVERING = "Recovering"
+    """Re-stitches at this moment."""
+    WAITING = "Waiting"
+    """A stage is lost and nobody can stand in."""
+    FAILED = "Failed"
+    """Cannot serve until a person helps."""
+    UNREACHABLE = "Unreachable"
+    """It has served, and its engine does not answer any more."""
+
+
+class InstanceStatus(CrdModel):
+    instance: int
+    phase: InstancePhase
+    message: str | None = None
+    engine: str | None = None
+    """The engine's pod."""
+    node: str | None = None
+    """The node of the engine's pod."""
+    serving: bool = False
+    """Requests are sent to it."""
+    term: int | None = None
+    epoch: int | None = None
+    plan_version: int | None = None
+    verified: str | None = None
+    """The incarnation of the engine that has served a real token."""
+    first_served_at: datetime | None = None
+    stages: Annotated[
+        tuple[StageStatus, ...],
+        Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["stage"]}),
+    ] = ()
+
+
+class RecoveryStatus(CrdModel):
+    """One re-stitch, as the engine measured it."""
+
+    id: str
+    instance: int
+    kind: RecoveryKind
+    stages: tuple[int, ...]
+    """The places of the pipeline that changed hands."""
+    reason: str | None = None
+    """How the loss was noticed."""
+    donor: str | None = None
+    """Who stood in, as instance.stage."""
+    detected_at: datetime
+    resumed_at: datetime | None = None
+    """First token after it."""
+    restored_at: datetime | None = None
+    """When the instance's own stages were back in their places."""
+    phases: dict[str, float] = {}
+    """Milliseconds of each phase; total is the sum."""
+    took: str | None = None
+    """The total, for people."""
+    requests_affected: int = 0
+    tokens_recomputed: int = 0
+
+
+class PlanStatus(CrdModel):
+    """Which plan was published. Written before the plan is sent, so that a version never names two plans."""
+
+    version: int
+    hash: str
+
+
+class HoldStatus(CrdModel):
+    """Evidence of a pod that cannot work as configured. The operator makes no such pod until the spec changes."""
+
+    generation: int
+    """The generation of the spec that it was made from."""
+    retry: str | None = None
+    """The value of the retry annotation at that time."""
+    pod: str
+    role: str
+    message: str
+    """The last words of the process."""
+    at: datetime
+
+
+class ResilientLLMStatus(CrdModel):
+    """What is."""
+
+    observed_generation: int | None = None
+    conditions: Annotated[
+        tuple[Condition, ...],
+        Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = ()
+    ready: str | None = None
+    """Instances that serve, of those asked for: 2/2."""
+    endpoint: str | None = None
+    """Base URL for OpenAI clients, inside the cluster."""
+    instances: Annotated[
+        tuple[InstanceStatus, ...],
+        Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["instance"]}),
+    ] = ()
+    last_recovery: RecoveryStatus | None = None
+    """The last loss of a stage."""
+    recoveries: Annotated[
+        tuple[RecoveryStatus, ...], Field(max_length=10, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = ()
+    """The last ten re-stitches, oldest first."""
+    plan: PlanStatus | None = None
+    hold: HoldStatus | None = None
+
+
+class ResilientLLM(CrdModel):
+    """Keeps one model served by several instances, whose stages stand in for each other.
+
+    ``metadata`` is left as the API server gave it; the schema of it is the API server's own.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra=validated(
+            rule(
+                f"self.metadata.name.size() <= {NAME_MAX_LENGTH} && "
+                "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+                f"the name must have at most {NAME_MAX_LENGTH} characters, begin with a letter and consist of a-z, "
+                "0-9 and '-', because pods and the Service are named after it",
+            )
+        )
+    )
+
+    metadata: dict[str, Any]
+    spec: ResilientLLMSpec
+    status: ResilientLLMStatus | None = None
