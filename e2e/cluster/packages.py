@@ -44,9 +44,7 @@ def cni_folder() -> Path | None:
 
 
 def missing_packages() -> list[str]:
-    missing = {
-        package for program, package in PACKAGE_OF_PROGRAM.items() if shutil.which(program) is None
-    }
+    missing = {package for program, package in PACKAGE_OF_PROGRAM.items() if shutil.which(program) is None}
     if cni_folder() is None:
         missing.add(CNI_PACKAGE)
     return sorted(missing)
