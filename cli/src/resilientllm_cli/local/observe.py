@@ -1,0 +1,46 @@
+"""Asks stages and engines how they are. No answer is an answer: None."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from pydantic import ValidationError
+from resilientllm_api.engine_state import EngineState
+from resilientllm_api.ports import READY_PATH, STATE_PATH
+
+TIMEOUT_SECONDS = 2.0
+
+
+def stage_rank_pids(health: str) -> tuple[int, ...] | None:
+    """Process ids of a ready stage's ranks, in order of rank; None while it is not ready."""
+    answer = _get(f"http://{health}{READY_PATH}", {})
+    if answer is None:
+        return None
+    return tuple(rank["pid"] for rank in sorted(answer["ranks"], key=lambda rank: int(rank["rank"])))
+
+
+def engine_state(control_url: str, token: str) -> EngineState | None:
+    answer = _get(f"{control_url}{STATE_PATH}", {"Authorization": f"Bearer {token}"})
+    if answer is None:
+        return None
+    try:
+        return EngineState.model_validate(answer)
+    except ValidationError as error:
+        raise RuntimeError(f"{control_url}{STATE_PATH} answered no EngineState: {error}") from error
+
+
+def _get(url: str, headers: dict[str, str]) -> Any:
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as refused:
+        if refused.code in (401, 403):
+            raise RuntimeError(f"{url} refused our token: is another run on this port?") from refused
+        return None
+    except (OSError, http.client.HTTPException, ValueError):
+        return None  # Not listening yet, or it died while it answered: both are "not now".

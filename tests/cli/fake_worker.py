@@ -1,0 +1,80 @@
+"""Stands in for a stage or an engine where only local mode itself is tested: the same flags, health and state, no model.
+
+FAKE_EXIT: exit code to leave with at once, after saying why. FAKE_STUBBORN: ignore SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    for flag in ("--instance", "--stage", "--listen", "--health", "--token-file", "--plan-file", "--control", "--port"):
+        parser.add_argument(flag)
+    return parser.parse_known_args()[0]
+
+
+def answer(arguments: argparse.Namespace, authorization: str | None) -> dict[str, object] | None:
+    if arguments.control is None:
+        return {"ready": True, "ranks": [{"rank": 0, "pid": os.getpid()}]}
+    if authorization != f"Bearer {Path(arguments.token_file).read_text()}":
+        return None
+    plan = json.loads(Path(arguments.plan_file).read_text())
+    whole = all(listens(stage["address"]) for stage in plan["stages"])
+    return {
+        "instance": int(arguments.instance),
+        "phase": "Serving" if whole else "Degraded",
+        "serving": True,
+        "onOwnStages": whole,
+    }
+
+
+def listens(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"http://{address}/readyz", timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def main() -> None:
+    arguments = parse()
+    if "FAKE_EXIT" in os.environ:
+        print("some log\nexpected a better configuration")
+        sys.exit(int(os.environ["FAKE_EXIT"]))
+    subprocess.Popen(["sleep", "600"])  # A worker process of its own, as vLLM's EngineCore is.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "FAKE_STUBBORN" in os.environ else lambda *_: os._exit(0))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = answer(arguments, self.headers.get("Authorization"))
+            self.send_response(401 if said is None else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    servers = [arguments.listen, arguments.health] if arguments.control is None else [arguments.control]
+    listening = [
+        ThreadingHTTPServer((host, int(port)), Handler) for host, port in (server.split(":") for server in servers)
+    ]
+    if len(listening) > 1:
+        import threading
+
+        threading.Thread(target=listening[1].serve_forever, daemon=True).start()
+    listening[0].serve_forever()
+
+
+if __name__ == "__main__":
+    main()
