@@ -1,6 +1,6 @@
-"""Stands in for a stage or an engine where only local mode itself is tested: the same flags, health and state, no model.
+"""Stands in for a stage or an engine where only local mode itself is tested: the same flags and answers, no model.
 
-FAKE_EXIT: exit code to leave with at once, after saying why. FAKE_STUBBORN: ignore SIGTERM.
+FAKE_EXIT: exit code to leave with at once, after saying why.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,7 +54,7 @@ def main() -> None:
         print("some log\nexpected a better configuration")
         sys.exit(int(os.environ["FAKE_EXIT"]))
     subprocess.Popen(["sleep", "600"])  # A worker process of its own, as vLLM's EngineCore is.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if "FAKE_STUBBORN" in os.environ else lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -69,10 +70,8 @@ def main() -> None:
     listening = [
         ThreadingHTTPServer((host, int(port)), Handler) for host, port in (server.split(":") for server in servers)
     ]
-    if len(listening) > 1:
-        import threading
-
-        threading.Thread(target=listening[1].serve_forever, daemon=True).start()
+    for server in listening[1:]:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     listening[0].serve_forever()
 
 

@@ -57,7 +57,8 @@ def test_a_killed_stage_comes_back_at_the_same_address(layout: Layout, fake_exec
 def test_leaving_it_leaves_no_process(layout: Layout, fake_executables: dict[str, str]) -> None:
     with LocalCluster(layout, executables=fake_executables) as cluster:
         now = cluster.wait_ready(30)
-        sessions = {entry.pid for entry in (*now.engines, *now.stages) if entry.pid}
+        pids = [engine.pid for engine in now.engines] + [stage.pid for stage in now.stages]
+        sessions = {pid for pid in pids if pid}
         assert len(warden.members(sessions)) == 12  # Each has a child of its own.
     assert warden.members(sessions) == []
     assert not json.loads(cluster.files.state.read_text())["ready"]

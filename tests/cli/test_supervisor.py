@@ -100,7 +100,8 @@ SUPERVISE_AND_WAIT = """
 import os, sys, time
 from pathlib import Path
 from resilientllm_cli.supervise.supervisor import Program, Supervisor
-with Supervisor([Program("it", ["sh", "-c", "sleep 60 & sleep 60"], dict(os.environ), Path(sys.argv[1]))]) as supervisor:
+program = Program("it", ["sh", "-c", "sleep 60 & sleep 60"], dict(os.environ), Path(sys.argv[1]))
+with Supervisor([program]) as supervisor:
     while supervisor.status()["it"].pid is None:
         time.sleep(0.01)
     print(supervisor.status()["it"].pid, flush=True)

@@ -58,7 +58,7 @@ def test_any_text_can_be_a_prompt(tiny_model: Path) -> None:
     [
         (TinyModel(layers=0), "--layers must be at least 1, found 0"),
         (TinyModel(hidden=100), "head size of 32, 64 or 128, found 100 / 4"),
-        (TinyModel(kv_heads=3), "--kv-heads must divide --heads, found 4 and 3"),
+        (TinyModel(kv_heads=3), "--kv-heads must divide the 4 of --heads, found 3"),
     ],
 )
 def test_an_impossible_shape_is_refused(shape: TinyModel, message: str, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def check(model: TinyModel) -> None:
             f"--hidden / --heads must be a head size of 32, 64 or 128, found {model.hidden} / {model.heads}"
         )
     if model.heads % model.kv_heads:
-        raise UsageError(f"--kv-heads must divide --heads, found {model.kv_heads} and {model.heads}")
+        raise UsageError(f"--kv-heads must divide the {model.heads} of --heads, found {model.kv_heads}")
 
 
 def write_tiny_model(directory: Path, model: TinyModel) -> None:
