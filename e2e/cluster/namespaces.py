@@ -11,13 +11,13 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import build, cgroups, faults, launch, machine_files, network, node, packages, pki
 from .commands import run, wait_until
 from .errors import ClusterError
-from .image import write_pause_image
+from .image import write_pause_image, write_thin_image
 from .layout import API_PORT, DEFAULT_ROOT, Layout, NodePlan, node_names, prefix_of
 from .provider import HostPort
 from .supervisor import ready_folder
@@ -41,16 +41,18 @@ class NamespaceCluster:
     def kubeconfig(self) -> Path:
         return self.layout.host_kubeconfig
 
+    @property
+    def mounts(self) -> tuple[Path, ...]:
+        return self.layout.mounts
+
+    def kubectl_command(self, *arguments: str) -> list[str]:
+        # The default place of kubectl's cache of the API is the home folder, which is not ours.
+        cache = self.layout.folder / "kubectl-cache"
+        program = self.layout.binaries / "kubectl"
+        return [str(program), f"--kubeconfig={self.kubeconfig}", f"--cache-dir={cache}", *arguments]
+
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
-        return run(
-            self.layout.binaries / "kubectl",
-            f"--kubeconfig={self.kubeconfig}",
-            *arguments,
-            stdin=stdin,
-            # kubectl keeps a cache of the API below the home folder, which is not ours to write to.
-            env=os.environ | {"KUBECACHEDIR": str(self.layout.folder / "kubectl-cache")},
-            timeout_seconds=timeout_seconds,
-        )
+        return run(*self.kubectl_command(*arguments), stdin=stdin, timeout_seconds=timeout_seconds)
 
     def nodes(self) -> tuple[str, ...]:
         return self.layout.node_names
@@ -58,10 +60,18 @@ class NamespaceCluster:
     def load_image(self, archive: Path) -> None:
         kept = self.layout.images / f"{archive.stem}.tar"
         shutil.copyfile(archive, kept)
+        self._import(kept)
+
+    def _import(self, archive: Path) -> None:
         for name in self.nodes():
             init = cgroups.namespace_init(faults.group_of(self.layout, name))
             if init is not None:
-                node.import_image(kept, f"/proc/{init}/root{node.CONTAINERD_SOCKET}")
+                node.import_image(archive, f"/proc/{init}/root{node.CONTAINERD_SOCKET}")
+
+    def load_thin_image(self, ref: str, *, entrypoint: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        archive = self.layout.images / f"{ref.replace('/', '_').replace(':', '_')}.tar"
+        write_thin_image(archive, ref, entrypoint=entrypoint, env=env, mounts=self.mounts)
+        self._import(archive)
 
     def forward(self, address: str, port: int) -> HostPort:
         return HostPort("127.0.0.1", _start_forwarder(self.layout, _listen(), address, port))
@@ -255,13 +265,17 @@ def _make(layout: Layout, listener: socket.socket) -> None:
 
 
 def _start_node(layout: Layout, plan: NodePlan) -> None:
+    folder = layout.node_folder(plan.name)
+    # What a node that lost its power said about its services no longer holds.
+    for stale in _files_in(ready_folder(folder)):
+        (ready_folder(folder) / stale).unlink()
     for place in node.PRIVATE_FOLDERS:
         Path(place).mkdir(parents=True, exist_ok=True)
     launch.spawn_machine(
         launch.module("node", layout.folder, plan.name),
         group=faults.group_of(layout, plan.name),
         netns=layout.netns(plan.name),
-        log=layout.node_folder(plan.name) / "log" / "init.log",
+        log=folder / "log" / "init.log",
     )
 
 

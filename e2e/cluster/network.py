@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .commands import run
 from .errors import ClusterError
-from .layout import API_ADDRESS, NODE_NETWORK, Layout, NodePlan
+from .layout import API_ADDRESS, NODE_NETWORK, SERVICE_NETWORK, Layout, NodePlan
 
 _SWITCH = "switch"
 _NODE_LINK = "eth0"
@@ -23,6 +23,8 @@ def make_fabric(layout: Layout) -> None:
     _ip(fabric, "link", "add", _SWITCH, "type", "bridge")
     _ip(fabric, "address", "add", f"{API_ADDRESS}/{NODE_NETWORK.prefixlen}", "dev", _SWITCH)
     _ip(fabric, "link", "set", _SWITCH, "up")
+    # A Service's address is rewritten only after a route for it was found; any will do.
+    _ip(fabric, "route", "add", str(SERVICE_NETWORK), "dev", _SWITCH)
     for node in layout.nodes:
         # The route outlives the node's cable, as an entry of a real router would.
         _ip(fabric, "route", "add", str(node.pod_network), "via", str(node.address))
@@ -57,6 +59,12 @@ def disconnect(layout: Layout, node: NodePlan) -> None:
 
 
 def remove_node(layout: Layout, node: NodePlan) -> None:
+    """Remove a dead node's cable and namespace.
+
+    The cable is removed by name: connections that the node could not close keep the namespace itself,
+    nameless, in the kernel for minutes, and the cable would stay with it.
+    """
+    _ip(layout.fabric, "link", "delete", node.fabric_link)
     remove_netns(layout.netns(node.name))
 
 

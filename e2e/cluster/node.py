@@ -41,6 +41,9 @@ root = "{folder / "containerd"}"
 state = "/run/containerd"
 [grpc]
 address = "{CONTAINERD_SOCKET}"
+# The default is a folder of the machine that a cluster has no business in.
+[plugins."io.containerd.internal.v1.opt"]
+path = "{folder / "opt"}"
 [{cri}]
 sandbox_image = "{PAUSE_REF}"
 # Root may lack CAP_SYS_RESOURCE, without which a score cannot be lowered.

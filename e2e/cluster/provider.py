@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,6 +24,13 @@ class Cluster(Protocol):
     def kubeconfig(self) -> Path:
         """An administrator's kubeconfig whose server is a port of this machine's loopback."""
 
+    @property
+    def mounts(self) -> tuple[Path, ...]:
+        """Paths of this machine that every container sees, read-only."""
+
+    def kubectl_command(self, *arguments: str) -> list[str]:
+        """The full command line of a kubectl for this cluster."""
+
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
         """Output of kubectl; raises :class:`CommandFailed` with what it said."""
 
@@ -32,6 +39,9 @@ class Cluster(Protocol):
 
     def load_image(self, archive: Path) -> None:
         """Put an image archive, as ``docker save`` writes it, on every living node and on later ones."""
+
+    def load_thin_image(self, ref: str, *, entrypoint: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        """Write an image that runs this machine's own files, and load it."""
 
     def forward(self, address: str, port: int) -> HostPort:
         """A port of the loopback that leads to an address of the cluster: a pod's, a node's or a Service's."""
