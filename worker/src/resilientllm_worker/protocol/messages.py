@@ -158,6 +158,8 @@ class Heartbeat(_Struct):
     """Steps of all tenants that the runner has finished."""
     step_seconds: float
     """How long the step at hand has been running; 0 when idle."""
+    has_kv: bool
+    """The KV cache is allocated, so the stage could serve at once."""
 
 
 class StageFailing(_Struct):

@@ -1,0 +1,253 @@
+"""The engine's command channel to one stage: dials, keeps dialling, reads, and tells what happened.
+
+One thread per stage of the plan, own ones and donors alike, so that a donor is known and connected before it is
+needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from resilientllm_api.engine_state import LossReason
+from resilientllm_api.plan import StageId, StageRef
+from resilientllm_worker.protocol.messages import (
+    PROTOCOL_VERSION,
+    EngineHello,
+    Failed,
+    Heartbeat,
+    KVAllocated,
+    KVDescription,
+    LinkLost,
+    Message,
+    StageFailing,
+    StageWelcome,
+    StepFailed,
+    StepResult,
+    Stitched,
+)
+from resilientllm_worker.seams.launch import describe_difference
+from resilientllm_worker.transport.connection import Connection, dial
+from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed, ProtocolError
+
+logger = logging.getLogger(__name__)
+
+DIAL_SECONDS = 2.0
+FIRST_RETRY_SECONDS = 0.05
+LAST_RETRY_SECONDS = 1.0
+
+
+class CallFailed(Exception):
+    """The stage answered that it cannot do it, or went away before it answered."""
+
+
+@dataclass(frozen=True)
+class Connected:
+    channel: Channel
+    welcome: StageWelcome
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """The stage answers, but cannot belong to this engine: a configuration error that waiting does not mend."""
+
+    channel: Channel
+    detail: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    channel: Channel
+    reason: LossReason
+    detail: str
+    at: float
+    """Monotonic seconds."""
+
+
+@dataclass(frozen=True)
+class LinkReported:
+    channel: Channel
+    report: LinkLost
+    at: float
+
+
+@dataclass(frozen=True)
+class StepRefused:
+    channel: Channel
+    report: StepFailed
+    at: float
+
+
+Event = Connected | Misfit | Lost | LinkReported | StepRefused
+
+
+class Channel:
+    """A stage as its engine sees it. Thread-safe."""
+
+    def __init__(
+        self,
+        ref: StageRef,
+        instance: int,
+        digest: str,
+        token: bytes,
+        heartbeat_interval_seconds: float,
+        on_event: Callable[[Event], None],
+        on_result: Callable[[StepResult], None],
+    ) -> None:
+        self.ref = ref
+        self.has_kv = False
+        self.welcome: StageWelcome | None = None
+        self._instance = instance
+        self._digest = digest
+        self._token = token
+        self._interval = heartbeat_interval_seconds
+        self._on_event = on_event
+        self._on_result = on_result
+        self._connection: Connection | None = None
+        self._calls: dict[int, Future[Any]] = {}
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._heard = 0.0
+        self._loss = (LossReason.RESET, "")
+        self._thread = threading.Thread(target=self._live, name=f"stage-{ref.id}", daemon=True)
+
+    @property
+    def id(self) -> StageId:
+        return self.ref.id
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        if (connection := self._connection) is not None:
+            connection.close()
+
+    def send(self, message: Message) -> bool:
+        """Hand over a message that has no answer. False if the stage is gone, which `Lost` tells too."""
+        connection = self._connection
+        if connection is None:
+            return False
+        try:
+            connection.send(message)
+        except ConnectionClosed:
+            return False
+        return True
+
+    def call(self, make: Callable[[int], Message]) -> Future[Any]:
+        """Send what ``make`` builds around a call number; the future gives the answer or raises `CallFailed`."""
+        future: Future[Any] = Future()
+        number = next(self._numbers)
+        with self._lock:
+            self._calls[number] = future
+        if not self.send(make(number)):
+            self._settle(number, CallFailed(f"stage {self.id} is not connected"))
+        return future
+
+    def silent_seconds(self, now: float) -> float:
+        """Since when nothing was heard from a connected stage; 0 if it is not connected."""
+        return now - self._heard if self._connection is not None else 0.0
+
+    def drop(self, reason: LossReason, detail: str) -> None:
+        """Give up the connection of a stage that is declared lost; it is dialled anew."""
+        self._loss = (reason, detail)
+        if (connection := self._connection) is not None:
+            connection.close()
+
+    def _live(self) -> None:
+        pause = FIRST_RETRY_SECONDS
+        while not self._closed.is_set():
+            try:
+                connection = dial(self.ref.address, self._token, DIAL_SECONDS)
+            except (ConnectionFailed, ConnectionClosed) as error:
+                logger.debug("stage %s: %s", self.id, error)
+                self._closed.wait(pause)
+                pause = min(2 * pause, LAST_RETRY_SECONDS)
+                continue
+            pause = FIRST_RETRY_SECONDS
+            try:
+                detail = self._attend(connection)
+            except (ConnectionClosed, ProtocolError) as error:
+                detail = str(error)
+            at = time.monotonic()
+            connection.close()
+            was_connected, self._connection = self._connection is not None, None
+            self.has_kv = False
+            with self._lock:
+                calls = list(self._calls)
+            for number in calls:
+                self._settle(number, CallFailed(f"stage {self.id} went away: {detail}"))
+            if was_connected and not self._closed.is_set():
+                reason, why = self._loss
+                self._loss = (LossReason.RESET, "")
+                self._on_event(Lost(self, reason, why or detail, at))
+            self._closed.wait(pause)
+
+    def _attend(self, connection: Connection) -> str:
+        """Greet the stage and read until it goes. Returns why it went, if it said so."""
+        connection.send(EngineHello(PROTOCOL_VERSION, self._instance, self._digest, self._interval))
+        welcome = connection.receive()
+        if not isinstance(welcome, StageWelcome):
+            raise ProtocolError(f"expected StageWelcome, got {type(welcome).__name__}")
+        if misfit := self._misfit(welcome):
+            self._on_event(Misfit(self, misfit))
+            self._closed.wait(LAST_RETRY_SECONDS)
+            return misfit
+        self._heard = time.monotonic()
+        self.welcome = welcome
+        self.has_kv = welcome.home_blocks > 0
+        self._connection = connection
+        self._on_event(Connected(self, welcome))
+        while True:
+            message = connection.receive()
+            self._heard = time.monotonic()
+            match message:
+                case StepResult():
+                    self._on_result(message)
+                case Heartbeat():
+                    if message.has_kv and not self.has_kv:
+                        self.has_kv = True
+                        self._on_event(Connected(self, welcome))
+                case Stitched() | KVDescription() | KVAllocated():
+                    self._settle(message.call, message)
+                case Failed():
+                    self._settle(message.call, CallFailed(message.reason))
+                case LinkLost():
+                    self._on_event(LinkReported(self, message, time.monotonic()))
+                case StepFailed():
+                    self._on_event(StepRefused(self, message, time.monotonic()))
+                case StageFailing():
+                    self._loss = (LossReason.SELF, message.reason)
+                    return message.reason
+                case _:
+                    raise ProtocolError(f"a stage cannot send {type(message).__name__}")
+
+    def _misfit(self, welcome: StageWelcome) -> str:
+        if welcome.protocol != PROTOCOL_VERSION:
+            return f"stage {self.id} speaks protocol {welcome.protocol}, this engine {PROTOCOL_VERSION}: use one image for both"
+        if (welcome.instance, welcome.stage) != (self.id.instance, self.id.stage):
+            return f"at {self.ref.address} the plan expects stage {self.id}, found stage {welcome.instance}.{welcome.stage}"
+        if difference := describe_difference(self._digest, welcome.config_digest):
+            return f"stage {self.id} was started with other settings ({difference}): give engine and stages the same flags"
+        return ""
+
+    def _settle(self, number: int, answer: object) -> None:
+        with self._lock:
+            future = self._calls.pop(number, None)
+        if future is None:
+            return
+        if isinstance(answer, CallFailed):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)

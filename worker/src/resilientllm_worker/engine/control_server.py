@@ -1,0 +1,168 @@
+"""The engine's control server: ``PUT /v1/plan``, ``GET /v1/state``, ``GET /healthz``.
+
+Lives in the API server process, starts before vLLM is imported, and stays when EngineCore dies: it holds the plan and
+the last state. EngineCore connects over a Unix socket that only this user can open.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import uvicorn
+from fastapi import FastAPI, Header, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+
+from resilientllm_api.engine_state import EnginePhase, EngineState
+from resilientllm_api.plan import Plan
+from resilientllm_api.ports import HEALTH_PATH, PLAN_PATH, STATE_PATH
+from resilientllm_worker.seams.launch import BadConfiguration
+
+logger = logging.getLogger(__name__)
+
+MAX_PLAN_BYTES = 1 << 20
+
+
+class PlanStore:
+    """The plan at hand, in memory and on disk, and the engine's last word on its state. Thread-safe."""
+
+    def __init__(self, instance: int, path: Path) -> None:
+        self._instance = instance
+        self._path = path
+        self.changed = threading.Condition()
+        self.plan = self._load()
+        self.state = EngineState(instance=instance, phase=EnginePhase.STARTING, message="starts")
+
+    def put(self, plan: Plan) -> str | None:
+        """Take a newer plan. Returns why not, if not."""
+        if plan.instance != self._instance:
+            return f"this is the engine of instance {self._instance}, the plan is for {plan.instance}"
+        with self.changed:
+            if self.plan is not None:
+                if plan.version < self.plan.version:
+                    return f"version {plan.version} is older than {self.plan.version}"
+                if plan.version == self.plan.version:
+                    return None if plan == self.plan else f"version {plan.version} is here with another content"
+            self.plan = plan
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(plan.model_dump_json(by_alias=True))
+            temporary.replace(self._path)
+            self.changed.notify_all()
+        return None
+
+    def _load(self) -> Plan | None:
+        try:
+            text = self._path.read_text()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BadConfiguration(f"plan file {self._path}: {error.strerror}") from error
+        try:
+            plan = Plan.model_validate_json(text)
+        except ValidationError as error:
+            raise BadConfiguration(f"plan file {self._path}: {error}") from error
+        if plan.instance != self._instance:
+            raise BadConfiguration(f"plan file {self._path} is for instance {plan.instance}, not {self._instance}")
+        return plan
+
+
+class ControlSocket:
+    """The Unix socket to EngineCore. A new EngineCore connects anew and gets the plan at once."""
+
+    def __init__(self, store: PlanStore) -> None:
+        self._store = store
+        self._folder = tempfile.TemporaryDirectory(prefix="resilientllm-")
+        self.path = Path(self._folder.name) / "control"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(self.path))
+        self.path.chmod(0o600)
+        self._socket.listen(1)
+        threading.Thread(target=self._accept, name="control-socket", daemon=True).start()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._folder.cleanup()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._send_plans, args=(peer,), name="plans-out", daemon=True).start()
+            self._read_states(peer)
+
+    def _send_plans(self, peer: socket.socket) -> None:
+        sent: Plan | None = None
+        while True:
+            with self._store.changed:
+                self._store.changed.wait_for(lambda sent=sent: self._store.plan != sent)  # type: ignore[misc]
+                sent = self._store.plan
+            assert sent is not None
+            try:
+                peer.sendall((sent.model_dump_json(by_alias=True) + "\n").encode())
+            except OSError:
+                return
+
+    def _read_states(self, peer: socket.socket) -> None:
+        with peer, peer.makefile("r", encoding="utf-8") as lines:
+            for line in lines:
+                self._store.state = EngineState.model_validate_json(line)
+        if self._store.state.phase is not EnginePhase.FAILED:
+            self._store.state = self._store.state.model_copy(
+                update={"phase": EnginePhase.STARTING, "serving": False, "message": "EngineCore has gone"}
+            )
+
+
+def make_app(store: PlanStore, token: bytes) -> FastAPI:
+    app = FastAPI(title="ResilientLLM engine control", docs_url=None, redoc_url=None, openapi_url=None)
+    expected = b"Bearer " + token
+
+    def authorise(authorization: str | None) -> None:
+        if authorization is None or not hmac.compare_digest(authorization.encode(), expected):
+            raise HTTPException(401, "expected the instance's token as a bearer token")
+
+    @app.get(HEALTH_PATH)
+    def health() -> dict[str, bool]:
+        return {"alive": True}
+
+    @app.get(STATE_PATH)
+    def state(authorization: Annotated[str | None, Header()] = None) -> Response:
+        authorise(authorization)
+        return Response(store.state.model_dump_json(by_alias=True), media_type="application/json")
+
+    @app.put(PLAN_PATH)
+    async def plan(request: Request, authorization: Annotated[str | None, Header()] = None) -> Response:
+        authorise(authorization)
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_PLAN_BYTES:
+                raise HTTPException(413, f"expected a plan of at most {MAX_PLAN_BYTES} bytes")
+        try:
+            new = Plan.model_validate_json(bytes(body))
+        except ValidationError as error:
+            return JSONResponse({"error": error.errors(include_url=False, include_context=False)}, 422)
+        if (refusal := store.put(new)) is not None:
+            return JSONResponse({"error": refusal}, 409)
+        return Response(status_code=204)
+
+    return app
+
+
+def serve(app: FastAPI, host: str, port: int) -> None:
+    """Serve in a thread of this process, for as long as it lives."""
+    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+    # Signals belong to the main thread, where vLLM's own server handles them.
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="control", daemon=True).start()
+
+

@@ -1,0 +1,48 @@
+"""A stage's health for kubelet and people: plain HTTP, no secrets, nothing to change."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from resilientllm_api.ports import HEALTH_PATH, READY_PATH
+
+REQUEST_SECONDS = 5.0
+
+
+class HealthServer:
+    """``/healthz`` answers while the process lives; ``/readyz`` is 200 once ``ready`` returns a report, 503 before."""
+
+    def __init__(self, host: str, port: int, ready: Callable[[], dict[str, object] | None]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            timeout = REQUEST_SECONDS
+
+            def do_GET(self) -> None:
+                if self.path == HEALTH_PATH:
+                    self._answer(200, {"alive": True})
+                elif self.path == READY_PATH:
+                    report = ready()
+                    self._answer(200, report) if report else self._answer(503, {"ready": False})
+                else:
+                    self._answer(404, {"error": f"expected {HEALTH_PATH} or {READY_PATH}"})
+
+            def _answer(self, status: int, body: dict[str, object]) -> None:
+                payload = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Probes come every second; they are not news."""
+
+        self._server = ThreadingHTTPServer((host, port), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,234 @@
+"""The vLLM worker of one rank: loads once, allocates once, runs steps. Knows nothing of tenants or networks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resilientllm_worker.protocol.messages import Step, StepResult
+from resilientllm_worker.seams import kv_cache, pipeline_group
+from resilientllm_worker.seams.kv_cache_spec import encode_spec
+from resilientllm_worker.seams.model_output import encode_result
+from resilientllm_worker.seams.pipeline_group import Binding, SendHandle
+from resilientllm_worker.seams.runner import adapter_for
+from resilientllm_worker.seams.scheduler_output import decode_step
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+TENANTS = 2
+"""Home and one guest."""
+
+
+@dataclass(frozen=True)
+class KVNeeds:
+    """What this rank's layers ask of a KV cache."""
+
+    specs: list[tuple[str, bytes]]
+    layouts: list[str]
+    available_bytes: int
+    """For home and pool together."""
+    tasks: list[str]
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The one KV tensor: block ids below ``home_blocks`` are the home tenant's, the next ``pool_blocks`` a guest's."""
+
+    layout: str
+    home_blocks: int
+    pool_blocks: int
+    groups: tuple[tuple[str, ...], ...]
+    block_size: int
+    language_model_seconds: float
+    encoder_seconds: float
+
+
+class Model:
+    """Not thread-safe: after `load`, one thread at a time."""
+
+    def __init__(self, config: VllmConfig, stage: int, rank: int) -> None:
+        self._config = config
+        self._stage = stage
+        self._rank = rank
+        self._adapter = adapter_for(config)
+        self._pipeline: pipeline_group.VirtualPipeline
+        self._wrapper: Any = None
+        self._needs: KVNeeds | None = None
+        self.kv: KVCache | None = None
+
+    @property
+    def stages(self) -> int:
+        return int(self._config.parallel_config.pipeline_parallel_size)
+
+    @property
+    def tensor_parallel(self) -> int:
+        return int(self._config.parallel_config.tensor_parallel_size)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per KV block."""
+        return int(self._config.cache_config.block_size)
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self._stage == self.stages - 1
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._config.model_config.max_model_len)
+
+    def load(self, init_method: str) -> None:
+        """Make the rank's world, build the runner, load the weights. Needs no other stage."""
+        from vllm.config import set_current_vllm_config
+        from vllm.platforms import current_platform
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+        config = self._config
+        global_rank = self._stage * self.tensor_parallel + self._rank
+        config.parallel_config.rank = global_rank  # vLLM reads from it which layers are ours
+        # The runner keeps state of home's and guest's requests side by side.
+        config.scheduler_config.max_num_seqs *= TENANTS
+        self._adapter.before_construction(config)
+        self._wrapper = wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=global_rank)
+        wrapper.init_worker(
+            [
+                {
+                    "vllm_config": config,
+                    "local_rank": self._rank,
+                    "rank": global_rank,
+                    "distributed_init_method": init_method,
+                    "is_driver_worker": self._rank == 0,
+                    "shared_worker_lock": None,
+                }
+            ]
+        )
+        with set_current_vllm_config(config):
+            self._pipeline = pipeline_group.install(
+                self._stage, self.stages, self.tensor_parallel, self._rank, init_method, current_platform.dist_backend
+            )
+        wrapper.init_device()
+        wrapper.load_model()
+        current_platform.update_block_size_for_backend(config)
+
+    def kv_needs(self) -> KVNeeds:
+        """Profiles memory the first time; later answers are the recorded ones, since KV may be resident by then."""
+        if self._needs is None:
+            worker = self._wrapper.worker
+            specs = worker.get_kv_cache_spec()
+            with self._loopback():
+                available = int(worker.determine_available_memory())
+            self._needs = KVNeeds(
+                specs=[(name, encode_spec(spec)) for name, spec in specs.items()],
+                layouts=list(worker.get_supported_kv_cache_layouts()),
+                available_bytes=available,
+                tasks=list(worker.get_supported_tasks()),
+            )
+        return self._needs
+
+    def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Collection[Collection[str]]) -> KVCache:
+        """Allocate home and pool as one tensor and warm up. Once: the same figures again return what is there.
+
+        Raises:
+            ValueError: a cache of another shape is resident.
+        """
+        wanted = tuple(tuple(group) for group in groups)
+        if self.kv is not None:
+            if (self.kv.layout, self.kv.home_blocks, self.kv.groups) != (layout, home_blocks, wanted):
+                raise ValueError(
+                    f"this stage's KV cache was agreed as {self.kv.home_blocks} home blocks in layout {self.kv.layout}, "
+                    f"now asked for {home_blocks} in {layout}; restart the stages of the instance after such a change"
+                )
+            return self.kv
+        self.kv_needs()
+        self._wrapper.worker.set_kv_cache_layout(layout)
+        config, block_size = kv_cache.plan_home_and_pool(
+            self._config, self._wrapper.worker.get_kv_cache_spec(), wanted, layout, home_blocks, pool_blocks
+        )
+        self._wrapper.global_rank = 0  # it picks its own entry of the list by this
+        self._wrapper.initialize_from_config([config])
+        with self._loopback():
+            times = self._wrapper.compile_or_warm_up_model()
+        self.kv = KVCache(
+            layout=layout,
+            home_blocks=home_blocks,
+            pool_blocks=pool_blocks,
+            groups=wanted,
+            block_size=block_size,
+            language_model_seconds=float(times.language_model),
+            encoder_seconds=float(times.encoder),
+        )
+        return self.kv
+
+    def run(
+        self,
+        step: Step,
+        inbound: dict[str, torch.Tensor] | None,
+        send: Callable[[dict[str, torch.Tensor]], SendHandle] | None,
+    ) -> StepResult | None:
+        """Execute and sample one step, which stay together: the runner has one slot for a step in between.
+
+        ``step`` speaks of runner-wide request ids and of blocks of the one KV tensor. Returns the result on the last
+        stage's first rank, None elsewhere.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.outputs import AsyncModelRunnerOutput
+
+        worker, runner = self._wrapper.worker, self._wrapper.worker.model_runner
+        output, grammar = decode_step(step)
+        output = self._adapter.prepare(runner, output)
+        with set_current_vllm_config(self._config), self._pipeline.bound(Binding(inbound, send)):
+            result = worker.execute_model(output)
+            if result is None:
+                if self.is_last_stage:
+                    self._adapter.before_sampling(runner)
+                result = worker.sample_tokens(grammar)
+        if isinstance(result, AsyncModelRunnerOutput):
+            result = result.get_output()
+        if not self.is_last_stage or self._rank != 0:
+            return None
+        return encode_result(result, step.stamp, step.step)
+
+    def requests(self) -> Collection[str]:
+        """Runner-wide ids of all requests that the runner holds state of."""
+        return self._adapter.requests(self._wrapper.worker.model_runner)
+
+    @contextlib.contextmanager
+    def _loopback(self) -> Iterator[None]:
+        """Links that lead nowhere, for profiling and warm-up: a stage boots without knowing any other.
+
+        V2's warm-up runs real steps through the worker's own ``execute_model``, links included.
+        """
+        worker = self._wrapper.worker
+        stock = worker.execute_model
+
+        def execute(output: Any) -> Any:
+            tokens = output.total_num_scheduled_tokens
+            inbound = self._empty_activations(tokens) if self._stage > 0 and tokens else None
+            with self._pipeline.bound(Binding(inbound, lambda tensors: _Done())):
+                return stock(output)
+
+        worker.execute_model = execute
+        try:
+            yield
+        finally:
+            del worker.execute_model
+
+    def _empty_activations(self, tokens: int) -> dict[str, torch.Tensor]:
+        runner = self._wrapper.worker.model_runner
+        made = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=tokens, dtype=self._config.model_config.dtype, device=runner.device
+        )
+        return dict(made.tensors)
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing was sent."""
