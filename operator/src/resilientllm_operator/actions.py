@@ -1,0 +1,90 @@
+"""What the operator can do to the world. Data only: :mod:`dispatch` does it, in the order of the list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from resilientllm_api.crd import ResilientLLMStatus
+from resilientllm_api.plan import Plan
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CreateToken:
+    """Make the Secret that engines, stages and the operator know each other by."""
+
+    manifest: Manifest
+    """Without the token: a decision holds no secrets."""
+
+
+@dataclass(frozen=True)
+class CreatePod:
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["metadata"]["name"])
+
+
+@dataclass(frozen=True)
+class DeletePod:
+    name: str
+    uid: str
+    """A precondition: never the next pod of the same name."""
+    why: str
+
+
+@dataclass(frozen=True)
+class ApplyService:
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class ApplyEndpoints:
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class WriteStatus:
+    status: ResilientLLMStatus
+
+
+@dataclass(frozen=True)
+class Announce:
+    """An event about the object, for people."""
+
+    reason: str
+    note: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class PublishPlan:
+    pod_uid: str
+    ip: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class VerifyEngine:
+    """Ask an engine for one real token."""
+
+    pod_uid: str
+    ip: str
+    incarnation: str
+    served_name: str
+
+
+Action = (
+    CreateToken
+    | CreatePod
+    | DeletePod
+    | ApplyService
+    | ApplyEndpoints
+    | WriteStatus
+    | Announce
+    | PublishPlan
+    | VerifyEngine
+)

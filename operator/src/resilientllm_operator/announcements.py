@@ -1,0 +1,77 @@
+"""Events: what changed between two statuses. Pure, and therefore one event a transition, whatever restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from resilientllm_api.crd import Condition, ConditionType, InstancePhase, InstanceStatus, ResilientLLMStatus
+from resilientllm_api.engine_state import RecoveryKind
+from resilientllm_api.reasons import EventReason, Reason
+
+from resilientllm_operator.actions import Announce
+
+NEEDS_A_PERSON = {
+    Reason.CONFIGURATION_REJECTED,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.UNSCHEDULABLE,
+    Reason.CONTAINER_CANNOT_START,
+    Reason.CONTAINER_CRASHING,
+    Reason.ENGINE_FAILED,
+    Reason.VERIFICATION_FAILED,
+    Reason.POD_REFUSED,
+    Reason.NAME_TAKEN,
+    Reason.SPEC_UNREADABLE,
+}
+_UP = {InstancePhase.SERVING, InstancePhase.DEGRADED, InstancePhase.RECOVERING}
+
+
+def announcements(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
+    yield from _recoveries(before, after)
+    old = {each.instance: each for each in before.instances}
+    for instance in after.instances:
+        yield from _instance(old.get(instance.instance), instance)
+    yield from _troubles(before, after)
+
+
+def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
+    told = {(each.instance, each.id) for each in before.recoveries if each.resumed_at}
+    for each in after.recoveries:
+        if each.resumed_at is None or (each.instance, each.id) in told:
+            continue
+        places = ", ".join(f"{each.instance}.{stage}" for stage in each.stages)
+        if each.kind is RecoveryKind.SWAP_BACK:
+            yield Announce(EventReason.SWAPPED_BACK, f"Instance {each.instance} runs on its own stage {places} again.")
+        else:
+            yield Announce(
+                EventReason.BORROWED,
+                f"Stage {places} was lost ({each.reason or 'reason unknown'}); {each.donor or 'a donor'} stands in. "
+                f"It took {each.took or 'an unknown time'}; {each.requests_affected} running requests went on, "
+                f"{each.tokens_recomputed} tokens were computed again.",
+                warning=True,
+            )
+
+
+def _instance(before: InstanceStatus | None, after: InstanceStatus) -> Iterator[Announce]:
+    was_up = before is not None and before.phase in _UP
+    if after.phase is InstancePhase.SERVING and not was_up:
+        yield Announce(EventReason.INSTANCE_READY, f"Instance {after.instance} serves; a real token was seen.")
+    elif was_up and after.phase is InstancePhase.WAITING:
+        yield Announce(
+            EventReason.STAGE_LOST,
+            f"Instance {after.instance} has lost a stage, and no donor can stand in. {after.message or ''}".rstrip(),
+            warning=True,
+        )
+    elif was_up and after.phase not in _UP:
+        note = f"Instance {after.instance} does not serve any more (phase {after.phase}). {after.message or ''}"
+        yield Announce(EventReason.INSTANCE_LOST, note.rstrip(), warning=True)
+
+
+def _troubles(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
+    now = _progressing(after)
+    then = _progressing(before)
+    if now is not None and now.reason in NEEDS_A_PERSON and (then is None or then.reason != now.reason):
+        yield Announce(now.reason, now.message, warning=True)
+
+
+def _progressing(status: ResilientLLMStatus) -> Condition | None:
+    return next((each for each in status.conditions if each.type == ConditionType.PROGRESSING), None)

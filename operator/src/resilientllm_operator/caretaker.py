@@ -1,0 +1,171 @@
+"""Takes care of one ResilientLLM: observe, decide, dispatch, again and again.
+
+A round runs whenever something changed, and at least twice a second, because the state of engines is asked for and
+not watched. It shares nothing with kopf's handlers, whose retries wait for up to minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from base64 import b64decode
+from datetime import UTC, datetime, timedelta
+
+import aiohttp
+from pydantic import ValidationError
+from resilientllm_api.crd import KIND
+
+from resilientllm_operator import telemetry
+from resilientllm_operator.actions import Manifest, WriteStatus
+from resilientllm_operator.conditions import unreadable
+from resilientllm_operator.decide import decide
+from resilientllm_operator.dispatch import Dispatcher
+from resilientllm_operator.engines import EngineAddress, Engines
+from resilientllm_operator.kube import ApiError, KubeClient
+from resilientllm_operator.names import NAME_LABEL, Role, slice_name, token_secret_name
+from resilientllm_operator.observe import is_controlled_by, owner_of, view_object, view_pods, view_status
+from resilientllm_operator.pods import TOKEN_KEY
+from resilientllm_operator.routing import endpoints_essence, service_essence
+from resilientllm_operator.store import Store
+from resilientllm_operator.world import ObjectView, Owner, PodView, World
+
+logger = logging.getLogger(__name__)
+
+PERIOD_SECONDS = 0.5
+MIN_PAUSE_SECONDS = 0.05
+"""Events come in bursts; one round answers a whole burst."""
+MAX_BACKOFF_SECONDS = 10.0
+TOKEN_IS_FRESH = timedelta(seconds=30)
+REFUSAL_IS_FRESH = timedelta(seconds=60)
+
+
+class Caretaker:
+    def __init__(self, kube: KubeClient, store: Store, namespace: str, name: str, uid: str) -> None:
+        self.uid = uid
+        self._kube = kube
+        self._store = store
+        self._namespace = namespace
+        self._name = name
+        self._wake = asyncio.Event()
+        self._dispatcher = Dispatcher(kube, store, namespace, name, uid)
+        self._engines: Engines | None = None
+        self._token: str | None = None
+        self._token_owner = Owner.NOBODY
+        self._token_read = datetime.min.replace(tzinfo=UTC)
+
+    def wake(self) -> None:
+        """Something of this object has changed."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until it is cancelled, or the object is gone."""
+        failures = 0
+        try:
+            while (obj := self._store.get(KIND, self._namespace, self._name)) and obj["metadata"]["uid"] == self.uid:
+                self._wake.clear()
+                failures = 0 if await self._round_survives(obj) else failures + 1
+                await asyncio.sleep(MIN_PAUSE_SECONDS if not failures else min(2**failures / 4, MAX_BACKOFF_SECONDS))
+                await self._pause()
+        finally:
+            self._dispatcher.close()
+            if self._engines is not None:
+                await self._engines.close()
+
+    async def _pause(self) -> None:
+        try:
+            await asyncio.wait_for(self._wake.wait(), PERIOD_SECONDS)
+        except TimeoutError:
+            return
+
+    async def _round_survives(self, obj: Manifest) -> bool:
+        """One round. A failure is logged and counted, and the next round begins from the world again."""
+        with telemetry.ROUND_SECONDS.time():
+            try:
+                await self._round(obj)
+            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+                what = str(error) or type(error).__name__
+                logger.warning("%s/%s: the API server did not do it: %s", self._namespace, self._name, what)
+                telemetry.ROUNDS.labels("error").inc()
+                return False
+            except Exception:
+                # A defect of ours in the care for one object must not end the care for all others.
+                logger.exception("%s/%s: a round failed unexpectedly", self._namespace, self._name)
+                telemetry.ROUNDS.labels("defect").inc()
+                return False
+        telemetry.ROUNDS.labels("ok").inc()
+        return True
+
+    async def _round(self, raw: Manifest) -> None:
+        try:
+            obj = view_object(raw)
+        except ValidationError as error:
+            await self._report_unreadable(raw, error)
+            return
+        if not obj.deleting:
+            await self._read_token()
+        world = await self._observe(obj)
+        for action in decide(world, _now()):
+            if isinstance(action, WriteStatus):
+                telemetry.SERVING.labels(self._namespace, self._name).set(
+                    sum(each.serving for each in action.status.instances)
+                )
+                telemetry.WANTED.labels(self._namespace, self._name).set(obj.spec.instances)
+            await self._dispatcher.perform(action, self._engines)
+
+    async def _observe(self, obj: ObjectView) -> World:
+        pods = view_pods(self._store.labelled("Pod", self._namespace, NAME_LABEL, self._name), self.uid)
+        await self._ask_engines(obj, pods)
+        service = self._store.get("Service", self._namespace, self._name)
+        endpoints = self._store.get("EndpointSlice", self._namespace, slice_name(self._name))
+        fresh = {name: it for name, it in self._dispatcher.refusals.items() if _now() - it.at < REFUSAL_IS_FRESH}
+        self._dispatcher.refusals = fresh
+        return World(
+            object=obj,
+            pods=pods,
+            engines=self._engines.views if self._engines else {},
+            token=self._token_owner,
+            service_owner=owner_of(service, self.uid),
+            service=service_essence(service) if service else None,
+            endpoints_owner=owner_of(endpoints, self.uid),
+            endpoints=endpoints_essence(endpoints) if endpoints else None,
+            refusals=dict(fresh),
+        )
+
+    async def _ask_engines(self, obj: ObjectView, pods: tuple[PodView, ...]) -> None:
+        if self._engines is None:
+            return
+        addresses = [
+            EngineAddress(pod.uid, pod.ip) for pod in pods if pod.slot.role is Role.ENGINE and pod.ip and not pod.ended
+        ]
+        remembered = {
+            each.verified.split("/")[0]: each.verified for each in obj.status.instances if each.verified is not None
+        }
+        self._engines.keep((address.uid for address in addresses), remembered)
+        await asyncio.gather(*map(self._engines.ask, addresses))
+
+    async def _read_token(self) -> None:
+        """The token that engines know us by. Read from time to time: the Secret may be deleted, or replaced."""
+        if self._token is not None and _now() - self._token_read < TOKEN_IS_FRESH:
+            return
+        secret = await self._kube.get("Secret", self._namespace, token_secret_name(self._name))
+        self._token_read = _now()
+        self._token_owner = owner_of(secret, self.uid)
+        token = None
+        if secret is not None and is_controlled_by(secret, self.uid):
+            token = b64decode(secret.get("data", {}).get(TOKEN_KEY, "")).decode() or None
+        if token != self._token:
+            if self._engines is not None:
+                await self._engines.close()
+            self._token = token
+            self._engines = Engines(token) if token else None
+
+    async def _report_unreadable(self, raw: Manifest, error: ValidationError) -> None:
+        before = view_status(raw)
+        words = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        after = unreadable(before, raw["metadata"].get("generation", 1), words, _now())
+        if after != before:
+            await self._dispatcher.write_status(after)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

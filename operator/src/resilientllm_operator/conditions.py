@@ -1,0 +1,188 @@
+"""The conditions of a ResilientLLM. Pure.
+
+``Ready`` and ``Available`` say what a client gets, ``Degraded`` what was lost of it, and ``Progressing`` whether
+waiting helps. None of them is inferred from another: each is computed from the instances and the troubles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from resilientllm_api.crd import (
+    Condition,
+    ConditionStatus,
+    ConditionType,
+    InstancePhase,
+    InstanceStatus,
+    ResilientLLMStatus,
+)
+from resilientllm_api.reasons import Reason
+
+from resilientllm_operator.capacity import is_outdated
+from resilientllm_operator.names import slots
+from resilientllm_operator.trouble import Trouble
+from resilientllm_operator.world import World
+
+_ATTACHING = {InstancePhase.STARTING, InstancePhase.VERIFYING}
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    type: ConditionType
+    status: bool
+    reason: Reason
+    message: str
+
+
+def conditions(
+    world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble], now: datetime
+) -> tuple[Condition, ...]:
+    verdicts = (
+        _ready(world, instances, troubles),
+        _available(instances, troubles),
+        _degraded(instances, troubles),
+        _progressing(world, instances, troubles),
+    )
+    return tuple(_condition(world, verdict, now) for verdict in verdicts)
+
+
+def _ready(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+    if all(instance.serving for instance in instances):
+        served = f"{_count(len(instances), 'instance')} of {_count(world.object.spec.stages, 'stage')} each"
+        hint = (
+            ""
+            if len(instances) > 1
+            else " With one instance nobody can stand in for a lost stage: set spec.instances to 2 or more."
+        )
+        return _Verdict(ConditionType.READY, True, Reason.ALL_INSTANCES_SERVING, f"Serves with {served}.{hint}")
+    if troubles:
+        return _Verdict(ConditionType.READY, False, troubles[0].reason, _with_others(troubles))
+    waiting = _waiting(world, instances)
+    return _Verdict(ConditionType.READY, False, waiting.reason, waiting.message)
+
+
+def _available(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+    serving = sum(instance.serving for instance in instances)
+    if serving == len(instances):
+        return _Verdict(ConditionType.AVAILABLE, True, Reason.ALL_INSTANCES_SERVING, "Requests go to all instances.")
+    if serving:
+        message = f"Requests go to {serving} of {_count(len(instances), 'instance')}."
+        return _Verdict(ConditionType.AVAILABLE, True, Reason.SOME_INSTANCES_SERVING, message)
+    message = f"No instance serves. {troubles[0].message}" if troubles else "No instance serves."
+    return _Verdict(ConditionType.AVAILABLE, False, Reason.NO_INSTANCE_SERVING, message)
+
+
+def _degraded(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+    """Only what served before can be lost: an object that is being made is not degraded."""
+    lost = [each for each in instances if each.first_served_at and not each.serving]
+    borrowed = [
+        f"{stage.served_by} stands in for stage {each.instance}.{stage.stage}"
+        for each in instances
+        for stage in each.stages
+        if each.serving and stage.served_by is not None and stage.served_by != f"{each.instance}.{stage.stage}"
+    ]
+    if not lost and not borrowed:
+        return _Verdict(ConditionType.DEGRADED, False, Reason.AS_SPECIFIED, "Nothing that served is lost.")
+    facts = [_loss(each) for each in lost] + borrowed
+    help_needed = f" {troubles[0].message}" if troubles else ""
+    return _Verdict(ConditionType.DEGRADED, True, _loss_reason(lost), f"{'; '.join(facts)}.{help_needed}")
+
+
+def _progressing(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+    if troubles:
+        return _Verdict(ConditionType.PROGRESSING, False, troubles[0].reason, _with_others(troubles))
+    missing = [slot for slot in slots(len(instances), world.object.spec.stages) if not _runs(world, slot)]
+    at_home = all(each.phase is InstancePhase.SERVING and each.serving for each in instances)
+    if any(is_outdated(world, pod) for pod in world.pods if not pod.leaving):
+        message = "Pods made from an older spec are replaced, one instance at a time."
+        return _Verdict(ConditionType.PROGRESSING, True, Reason.ROLLING_OUT, message)
+    if at_home and not missing:
+        return _Verdict(ConditionType.PROGRESSING, False, Reason.AS_SPECIFIED, "All pods run as the spec says.")
+    if all(each.first_served_at for each in instances):
+        message = (
+            f"Waits for {_listed(missing)}." if missing else "Waits until every instance serves on its own stages."
+        )
+        return _Verdict(ConditionType.PROGRESSING, True, Reason.RESTORING_CAPACITY, message)
+    waiting = _waiting(world, instances)
+    return _Verdict(ConditionType.PROGRESSING, True, waiting.reason, waiting.message)
+
+
+def _waiting(world: World, instances: Sequence[InstanceStatus]) -> Trouble:
+    """What is being waited for, when nothing is the matter that a person should mend."""
+    lost = [each for each in instances if each.first_served_at and not each.serving]
+    if lost:
+        return Trouble(_loss_reason(lost), f"{'; '.join(map(_loss, lost))}. It is being brought back.")
+    idle = [each for each in instances if not each.serving]
+    starting = [slot for slot in slots(len(instances), world.object.spec.stages) if not _runs(world, slot)]
+    if all(each.phase is InstancePhase.VERIFYING for each in idle):
+        numbers = ", ".join(str(each.instance) for each in idle)
+        return Trouble(Reason.VERIFYING, f"Waits for the first token of instance {numbers}.")
+    if all(each.phase in _ATTACHING for each in idle):
+        words = "; ".join(each.message for each in idle if each.message)
+        return Trouble(Reason.STAGES_LOADING, f"Stages load their weights and engines attach to them. {words}".rstrip())
+    return Trouble(Reason.PODS_STARTING, f"Waits for {_listed(starting)}." if starting else "Waits for the engines.")
+
+
+def _loss_reason(lost: Sequence[InstanceStatus]) -> Reason:
+    if not lost:
+        return Reason.STAGE_BORROWED
+    return Reason.STAGE_LOST if any(each.phase is InstancePhase.WAITING for each in lost) else Reason.ENGINE_LOST
+
+
+def _loss(instance: InstanceStatus) -> str:
+    match instance.phase:
+        case InstancePhase.WAITING:
+            without = [f"{instance.instance}.{stage.stage}" for stage in instance.stages if stage.served_by is None]
+            return f"instance {instance.instance} waits for stage {', '.join(without) or 'unknown'}: no donor is left"
+        case InstancePhase.UNREACHABLE:
+            return f"the engine of instance {instance.instance} ({instance.engine or 'no pod'}) does not answer"
+        case _:
+            return f"instance {instance.instance} does not serve (phase {instance.phase})"
+
+
+def _condition(world: World, verdict: _Verdict, now: datetime) -> Condition:
+    status = ConditionStatus.TRUE if verdict.status else ConditionStatus.FALSE
+    before = next((old for old in world.object.status.conditions if old.type == verdict.type), None)
+    return Condition(
+        type=verdict.type,
+        status=status,
+        observed_generation=world.object.generation,
+        last_transition_time=before.last_transition_time if before and before.status == status else now,
+        reason=verdict.reason,
+        message=verdict.message,
+    )
+
+
+def _runs(world: World, slot: object) -> bool:
+    return any(pod.slot == slot and not pod.leaving and pod.ready for pod in world.pods)
+
+
+def _with_others(troubles: Sequence[Trouble]) -> str:
+    others = len({trouble.message for trouble in troubles}) - 1
+    return troubles[0].message + (f" (and {_count(others, 'other trouble')})" if others else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(things: Sequence[object], most: int = 6) -> str:
+    shown = ", ".join(str(thing) for thing in things[:most])
+    return shown if len(things) <= most else f"{shown} and {len(things) - most} more"
+
+
+def unreadable(before: ResilientLLMStatus, generation: int, error: str, now: datetime) -> ResilientLLMStatus:
+    """The status of an object whose spec the cluster's schema admits and this operator cannot read."""
+    old = next((each for each in before.conditions if each.type == ConditionType.READY), None)
+    ready = Condition(
+        type=ConditionType.READY,
+        status=ConditionStatus.FALSE,
+        observed_generation=generation,
+        last_transition_time=old.last_transition_time if old and old.status == ConditionStatus.FALSE else now,
+        reason=Reason.SPEC_UNREADABLE,
+        message=f"This operator cannot read the spec; it may be older than the CRD. What runs is left alone. {error}",
+    )
+    others = [each for each in before.conditions if each.type != ConditionType.READY]
+    return before.model_copy(update={"conditions": (ready, *others)})

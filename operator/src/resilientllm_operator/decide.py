@@ -1,0 +1,115 @@
+"""Decide: from the observed world and the time to a list of actions. Pure; the heart of the operator.
+
+Level-triggered: the same world gives the same actions, however it came about. What must outlive the operator is
+in the object's status: which plan was published, what was given up, which engine proved itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+
+from resilientllm_api.crd import HoldStatus, InstanceStatus, PlanStatus, ResilientLLMStatus
+
+from resilientllm_operator import capacity, planning, routing
+from resilientllm_operator.actions import (
+    Action,
+    ApplyEndpoints,
+    ApplyService,
+    CreateToken,
+    VerifyEngine,
+    WriteStatus,
+)
+from resilientllm_operator.announcements import announcements
+from resilientllm_operator.conditions import conditions
+from resilientllm_operator.instances import KEEPS_VERIFICATION, incarnation, instance_statuses
+from resilientllm_operator.names import common_labels, token_secret_name
+from resilientllm_operator.pods import owner_references, served_name
+from resilientllm_operator.recoveries import last_loss, recovery_record
+from resilientllm_operator.trouble import troubles_of
+from resilientllm_operator.world import Owner, World
+
+
+def decide(world: World, now: datetime) -> list[Action]:
+    """What to do, in order. An action that fails ends the round: a later one may rely on it."""
+    if world.object.deleting:
+        return []  # The garbage collector deletes what the object owns; making more would be a race with it.
+    instances = instance_statuses(world, now)
+    hold = capacity.hold_of(world, now)
+    plan, plans = planning.desired_plans(world)
+    status = _status(world, instances, hold, plan, now)
+    serving = {instance.instance for instance in instances if instance.serving}
+    return [
+        *_routes(world, instances),
+        *_record(world, status),
+        # After the record: a version must never name two plans, so it is written down before it is used.
+        *planning.publications(world, plans),
+        *_verifications(world),
+        *_token(world),
+        *(capacity.pod_changes(world, hold, serving, now) if world.token is not Owner.FOREIGN else ()),
+    ]
+
+
+def _status(
+    world: World, instances: tuple[InstanceStatus, ...], hold: HoldStatus | None, plan: PlanStatus | None, now: datetime
+) -> ResilientLLMStatus:
+    recoveries = recovery_record(world)
+    return ResilientLLMStatus(
+        observed_generation=world.object.generation,
+        conditions=conditions(world, instances, troubles_of(world, hold, instances), now),
+        ready=f"{sum(each.serving for each in instances)}/{len(instances)}",
+        endpoint=routing.endpoint_url(world.object),
+        instances=instances,
+        last_recovery=last_loss(recoveries) or world.object.status.last_recovery,
+        recoveries=recoveries,
+        plan=plan,
+        hold=hold,
+    )
+
+
+def _record(world: World, status: ResilientLLMStatus) -> Iterator[Action]:
+    if status != world.object.status:
+        yield WriteStatus(status)
+        yield from announcements(world.object.status, status)
+
+
+def _routes(world: World, instances: tuple[InstanceStatus, ...]) -> Iterator[Action]:
+    """First of all: a dead engine must leave the Service before anything else is done about it."""
+    if world.endpoints_owner is not Owner.FOREIGN:
+        endpoints = routing.build_endpoints(world, instances)
+        if world.endpoints != routing.endpoints_essence(endpoints):
+            yield ApplyEndpoints(endpoints)
+    if world.service_owner is not Owner.FOREIGN:
+        service = routing.build_service(world.object)
+        if world.service != routing.service_essence(service):
+            yield ApplyService(service)
+
+
+def _token(world: World) -> Iterator[Action]:
+    if world.token is Owner.NOBODY:
+        obj = world.object
+        yield CreateToken(
+            {
+                "apiVersion": "v1",
+                "kind": "Secret",
+                "type": "Opaque",
+                "metadata": {
+                    "name": token_secret_name(obj.name),
+                    "namespace": obj.namespace,
+                    "labels": common_labels(obj.name),
+                    "ownerReferences": owner_references(obj.name, obj.uid),
+                },
+            }
+        )
+
+
+def _verifications(world: World) -> Iterator[Action]:
+    """Nothing is called recovered, or ready, before it has served a real token."""
+    for instance in range(world.object.spec.instances):
+        pod = world.engine_pod(instance)
+        state = world.engine(pod).state
+        if pod is None or not pod.ip or state is None:
+            continue
+        name = incarnation(pod, state)
+        if state.serving and state.phase in KEEPS_VERIFICATION and world.engine(pod).verified != name:
+            yield VerifyEngine(pod.uid, pod.ip, name, served_name(world.object))

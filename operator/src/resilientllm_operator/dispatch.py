@@ -1,0 +1,170 @@
+"""Dispatch: does to the world what was decided. Every action may be repeated; none waits for a later one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from base64 import b64encode
+from datetime import UTC, datetime
+
+from resilientllm_api.crd import API_VERSION, KIND, ResilientLLMStatus
+
+from resilientllm_operator import telemetry
+from resilientllm_operator.actions import (
+    Action,
+    Announce,
+    ApplyEndpoints,
+    ApplyService,
+    CreatePod,
+    CreateToken,
+    DeletePod,
+    Manifest,
+    PublishPlan,
+    VerifyEngine,
+    WriteStatus,
+)
+from resilientllm_operator.engines import EngineAddress, EngineError, Engines
+from resilientllm_operator.kube import ApiError, KubeClient
+from resilientllm_operator.names import MANAGER
+from resilientllm_operator.pods import TOKEN_KEY
+from resilientllm_operator.store import Store
+from resilientllm_operator.world import Refusal
+
+logger = logging.getLogger(__name__)
+
+VERIFY_AGAIN_SECONDS = 2.0
+_REFUSED = {400, 403, 422}
+"""Bad manifest, quota or policy: asking again at once changes nothing."""
+
+
+class Dispatcher:
+    """Carries out the actions of one object."""
+
+    def __init__(self, kube: KubeClient, store: Store, namespace: str, name: str, uid: str) -> None:
+        self._kube = kube
+        self._store = store
+        self._namespace = namespace
+        self._name = name
+        self._uid = uid
+        self._verifications: dict[str, asyncio.Task[None]] = {}
+        self.refusals: dict[str, Refusal] = {}
+        """Pods that the API server refuses to make, by name."""
+
+    async def perform(self, action: Action, engines: Engines | None) -> None:
+        """Raises ApiError or aiohttp's errors if the API server does not do it; the round ends then."""
+        match action:
+            case CreatePod():
+                await self._create_pod(action)
+            case DeletePod(name, uid, why):
+                logger.info("%s/%s: deletes pod %s: %s", self._namespace, self._name, name, why)
+                ending = await self._kube.delete("Pod", self._namespace, name, uid)
+                if ending is not None:
+                    self._store.put("Pod", ending)
+            case ApplyService(manifest):
+                self._store.put("Service", await self._kube.apply("Service", manifest))
+            case ApplyEndpoints(manifest):
+                self._store.put("EndpointSlice", await self._kube.apply("EndpointSlice", manifest))
+            case CreateToken(manifest):
+                await self._create_token(manifest)
+            case WriteStatus(status):
+                await self.write_status(status)
+            case Announce():
+                await self._announce(action)
+            case PublishPlan(uid, ip, _):
+                if engines is not None:
+                    await self._publish(engines, EngineAddress(uid, ip), action)
+            case VerifyEngine():
+                if engines is not None:
+                    self._verify(engines, action)
+
+    async def write_status(self, status: ResilientLLMStatus) -> None:
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            # The uid is a precondition: the status of a deleted object must not land on its namesake.
+            "metadata": {"name": self._name, "namespace": self._namespace, "uid": self._uid},
+            "status": status.model_dump(mode="json", by_alias=True, exclude_none=True),
+        }
+        self._store.put(KIND, await self._kube.apply(KIND, body, subresource="status"))
+
+    def close(self) -> None:
+        for task in self._verifications.values():
+            task.cancel()
+
+    async def _create_pod(self, action: CreatePod) -> None:
+        try:
+            self._store.put("Pod", await self._kube.create("Pod", action.manifest))
+        except ApiError as error:
+            if error.code in _REFUSED:
+                logger.warning("%s/%s: pod %s is refused: %s", self._namespace, self._name, action.name, error)
+                self.refusals[action.name] = Refusal(error.message, datetime.now(UTC))
+            elif error.code != 409:  # Already there: the view was stale, and the name is the same by design.
+                raise
+        else:
+            logger.info("%s/%s: made pod %s", self._namespace, self._name, action.name)
+            self.refusals.pop(action.name, None)
+
+    async def _create_token(self, manifest: Manifest) -> None:
+        token = b64encode(secrets.token_hex(32).encode()).decode()
+        try:
+            await self._kube.create("Secret", {**manifest, "data": {TOKEN_KEY: token}})
+        except ApiError as error:
+            if error.code != 409:
+                raise
+
+    async def _announce(self, action: Announce) -> None:
+        log = logger.warning if action.warning else logger.info
+        log("%s/%s: %s: %s", self._namespace, self._name, action.reason, action.note)
+        telemetry.TRANSITIONS.labels(action.reason).inc()
+        await self._kube.create(
+            "Event",
+            {
+                "apiVersion": "events.k8s.io/v1",
+                "kind": "Event",
+                "metadata": {"name": f"{self._name}.{time.time_ns():x}", "namespace": self._namespace},
+                "eventTime": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+                "type": "Warning" if action.warning else "Normal",
+                "reason": action.reason,
+                "action": "Reconcile",
+                "note": action.note[:1024],
+                "reportingController": f"resilientllm.dev/{MANAGER}",
+                "reportingInstance": MANAGER,
+                "regarding": {
+                    "apiVersion": API_VERSION,
+                    "kind": KIND,
+                    "namespace": self._namespace,
+                    "name": self._name,
+                    "uid": self._uid,
+                },
+            },
+        )
+
+    async def _publish(self, engines: Engines, engine: EngineAddress, action: PublishPlan) -> None:
+        try:
+            await engines.publish(engine, action.plan)
+        except EngineError as error:
+            # The next round tries again; other engines must not wait for this one.
+            logger.warning("%s/%s: %s", self._namespace, self._name, error)
+        else:
+            logger.info(
+                "%s/%s: plan %d is published to instance %d",
+                self._namespace,
+                self._name,
+                action.plan.version,
+                action.plan.instance,
+            )
+
+    def _verify(self, engines: Engines, action: VerifyEngine) -> None:
+        """One verification at a time for each engine, beside the rounds: it may take as long as a compilation."""
+        running = self._verifications.get(action.pod_uid)
+        if running is not None and not running.done():
+            return
+
+        async def verify() -> None:
+            await engines.verify(EngineAddress(action.pod_uid, action.ip), action.incarnation, action.served_name)
+            if engines.views.get(action.pod_uid) and engines.views[action.pod_uid].verify_error:
+                await asyncio.sleep(VERIFY_AGAIN_SECONDS)
+
+        self._verifications[action.pod_uid] = asyncio.create_task(verify())

@@ -1,0 +1,113 @@
+"""Observe: from the API server's JSON to the plain data that decisions are made of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+from resilientllm_api.crd import RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
+
+from resilientllm_operator.names import SPEC_HASH_ANNOTATION, slot_of
+from resilientllm_operator.world import Exit, ObjectView, Owner, PodView, Waiting
+
+Json = Mapping[str, Any]
+
+
+def view_object(obj: Json) -> ObjectView:
+    """Raises ValidationError for a spec that this version cannot read."""
+    metadata = obj["metadata"]
+    return ObjectView(
+        name=metadata["name"],
+        namespace=metadata["namespace"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        spec=ResilientLLMSpec.model_validate(obj["spec"]),
+        status=view_status(obj),
+        retry=metadata.get("annotations", {}).get(RETRY_ANNOTATION),
+        deleting="deletionTimestamp" in metadata,
+    )
+
+
+def view_status(obj: Json) -> ResilientLLMStatus:
+    """The status, or an empty one: memory that cannot be read is memory lost, and everything here survives that."""
+    try:
+        return ResilientLLMStatus.model_validate(obj.get("status") or {})
+    except ValidationError:
+        return ResilientLLMStatus()
+
+
+def view_pods(pods: Iterable[Json], owner_uid: str) -> tuple[PodView, ...]:
+    """Our pods of one object. The owner's uid tells them from those of an earlier object of the same name."""
+    views = (_view_pod(pod) for pod in pods if is_controlled_by(pod, owner_uid))
+    return tuple(sorted((view for view in views if view is not None), key=lambda view: (view.slot, view.name)))
+
+
+def is_controlled_by(obj: Json, owner_uid: str) -> bool:
+    references = obj["metadata"].get("ownerReferences", [])
+    return any(reference.get("controller") and reference["uid"] == owner_uid for reference in references)
+
+
+def owner_of(obj: Json | None, owner_uid: str) -> Owner:
+    if obj is None:
+        return Owner.NOBODY
+    return Owner.OURS if is_controlled_by(obj, owner_uid) else Owner.FOREIGN
+
+
+def _view_pod(pod: Json) -> PodView | None:
+    metadata, spec, status = pod["metadata"], pod.get("spec", {}), pod.get("status", {})
+    slot = slot_of(metadata.get("labels", {}))
+    if slot is None:
+        return None
+    container: Json = next(iter(status.get("containerStatuses", [])), {})
+    ended = status.get("phase") in ("Failed", "Succeeded")
+    return PodView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        slot=slot,
+        spec_hash=metadata.get("annotations", {}).get(SPEC_HASH_ANNOTATION, ""),
+        created=_time(metadata["creationTimestamp"]),
+        ip=_ipv4(status),
+        node=spec.get("nodeName"),
+        leaving="deletionTimestamp" in metadata or ended,
+        ended=ended and "deletionTimestamp" not in metadata,
+        ready=_condition(status, "Ready").get("status") == "True",
+        restarts=container.get("restartCount", 0),
+        unschedulable=_unschedulable(status),
+        waiting=_waiting(container),
+        last_exit=_last_exit(container),
+    )
+
+
+def _ipv4(status: Json) -> str | None:
+    """Plans and endpoints are IPv4 for now."""
+    addresses = [each["ip"] for each in status.get("podIPs", [])] or [status.get("podIP")]
+    return next((address for address in addresses if address and ":" not in address), None)
+
+
+def _condition(status: Json, kind: str) -> Json:
+    return next((each for each in status.get("conditions", []) if each["type"] == kind), {})
+
+
+def _unschedulable(status: Json) -> str | None:
+    scheduled = _condition(status, "PodScheduled")
+    if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
+        return str(scheduled.get("message") or "the scheduler does not say why")
+    return None
+
+
+def _waiting(container: Json) -> Waiting | None:
+    waiting = container.get("state", {}).get("waiting")
+    return Waiting(waiting.get("reason", ""), waiting.get("message", "")) if waiting else None
+
+
+def _last_exit(container: Json) -> Exit | None:
+    for state in (container.get("state", {}), container.get("lastState", {})):
+        if terminated := state.get("terminated"):
+            return Exit(terminated["exitCode"], terminated.get("message", ""))
+    return None
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)

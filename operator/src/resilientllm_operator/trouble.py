@@ -1,0 +1,127 @@
+"""What is the matter, in order of what a person should look at first. Pure.
+
+A trouble is something that waiting may not mend. Each has a message that names the object and the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from resilientllm_api.crd import RETRY_ANNOTATION, HoldStatus, InstancePhase, InstanceStatus
+from resilientllm_api.reasons import Reason
+
+from resilientllm_operator.capacity import last_line
+from resilientllm_operator.names import slice_name, token_secret_name
+from resilientllm_operator.world import Owner, PodView, World
+
+_IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
+_CANNOT_START = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+_CRASHING_RESTARTS = 3
+"""One or two restarts are how a killed process comes back."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    reason: Reason
+    message: str
+
+
+def troubles_of(world: World, hold: HoldStatus | None, instances: Sequence[InstanceStatus]) -> list[Trouble]:
+    return [
+        *_held(world, hold),
+        *_names_taken(world),
+        *_refused(world),
+        *_pods(world),
+        *_engines(world, instances),
+    ]
+
+
+def pod_trouble(pod: PodView, namespace: str) -> Trouble | None:
+    """What keeps one pod from running."""
+    logs = f"kubectl -n {namespace} logs {pod.name} --previous"
+    if pod.unschedulable is not None:
+        return Trouble(
+            Reason.UNSCHEDULABLE,
+            f"no node can take pod {pod.name} ({pod.slot}): {pod.unschedulable} Add nodes or free their resources; "
+            "the copies of a stage never share a node, so there must be at least as many nodes as instances.",
+        )
+    if pod.waiting is not None and pod.waiting.reason in _IMAGE:
+        where = f" on node {pod.node}" if pod.node else ""
+        return Trouble(
+            Reason.IMAGE_PULL_FAILED,
+            f"pod {pod.name} ({pod.slot}) cannot get its image{where}: {pod.waiting.message or pod.waiting.reason}. "
+            "Correct spec.image, or make the image available to the nodes.",
+        )
+    if pod.waiting is not None and pod.waiting.reason in _CANNOT_START:
+        return Trouble(
+            Reason.CONTAINER_CANNOT_START,
+            f"the container of pod {pod.name} ({pod.slot}) cannot be made: "
+            f"{pod.waiting.message or pod.waiting.reason}. See kubectl -n {namespace} describe pod {pod.name}.",
+        )
+    if not pod.ready and pod.last_exit is not None and pod.restarts >= _CRASHING_RESTARTS:
+        return Trouble(
+            Reason.CONTAINER_CRASHING,
+            f"pod {pod.name} ({pod.slot}) has ended {pod.restarts} times, last with exit code {pod.last_exit.code}: "
+            f"{last_line(pod.last_exit.message)}. See {logs}.",
+        )
+    return None
+
+
+def _held(world: World, hold: HoldStatus | None) -> Iterator[Trouble]:
+    if hold is not None:
+        name, namespace = world.object.name, world.object.namespace
+        yield Trouble(
+            Reason.CONFIGURATION_REJECTED,
+            f"pod {hold.pod} ({hold.role}) cannot work as configured: {hold.message}. Correct the spec (kubectl -n "
+            f"{namespace} edit rllm {name}) or what it refers to; to try again without a change: kubectl -n "
+            f'{namespace} annotate --overwrite rllm {name} {RETRY_ANNOTATION}="$(date)".',
+        )
+
+
+def _names_taken(world: World) -> Iterator[Trouble]:
+    name = world.object.name
+    for owner, what in (
+        (world.token, f"Secret {token_secret_name(name)}"),
+        (world.service_owner, f"Service {name}"),
+        (world.endpoints_owner, f"EndpointSlice {slice_name(name)}"),
+    ):
+        if owner is Owner.FOREIGN:
+            yield Trouble(
+                Reason.NAME_TAKEN,
+                f"{what} exists and does not belong to this object: delete or rename it, or give this ResilientLLM "
+                "another name.",
+            )
+
+
+def _refused(world: World) -> Iterator[Trouble]:
+    for pod, refusal in sorted(world.refusals.items()):
+        yield Trouble(Reason.POD_REFUSED, f"the API server refuses pod {pod}: {refusal.message}")
+
+
+def _pods(world: World) -> Iterator[Trouble]:
+    found = [trouble for pod in world.pods if not pod.leaving if (trouble := pod_trouble(pod, world.object.namespace))]
+    order = [
+        Reason.IMAGE_PULL_FAILED,
+        Reason.CONTAINER_CANNOT_START,
+        Reason.UNSCHEDULABLE,
+        Reason.CONTAINER_CRASHING,
+    ]
+    yield from sorted(found, key=lambda trouble: (order.index(trouble.reason), trouble.message))
+
+
+def _engines(world: World, instances: Sequence[InstanceStatus]) -> Iterator[Trouble]:
+    for instance in instances:
+        error = world.engine(world.engine_pod(instance.instance)).verify_error
+        if instance.phase is InstancePhase.FAILED:
+            yield Trouble(
+                Reason.ENGINE_FAILED,
+                f"instance {instance.instance} cannot serve: {instance.message or 'its engine does not say why'}. "
+                f"See kubectl -n {world.object.namespace} logs {instance.engine}.",
+            )
+        elif instance.phase is InstancePhase.VERIFYING and error is not None:
+            yield Trouble(
+                Reason.VERIFICATION_FAILED,
+                f"the engine of instance {instance.instance} says that it serves, but gave no token: {error}. "
+                f"It is asked again. See kubectl -n {world.object.namespace} logs {instance.engine}.",
+            )

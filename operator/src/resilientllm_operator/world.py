@@ -1,0 +1,148 @@
+"""The observed world of one ResilientLLM, as plain data: all that :func:`decide.decide` may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+from resilientllm_api.crd import ResilientLLMSpec, ResilientLLMStatus
+from resilientllm_api.engine_state import EngineState
+
+from resilientllm_operator.names import Role, Slot
+
+BAD_CONFIGURATION_EXIT_CODE = 2
+"""A worker process ends with it when no restart can help; its last line on stderr says why."""
+
+
+@dataclass(frozen=True)
+class ObjectView:
+    """The ResilientLLM itself."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+    spec: ResilientLLMSpec
+    status: ResilientLLMStatus = field(default_factory=ResilientLLMStatus)
+    retry: str | None = None
+    """The value of the retry annotation."""
+    deleting: bool = False
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a container ended last."""
+
+    code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why a container does not run, in the kubelet's words."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class PodView:
+    name: str
+    uid: str
+    slot: Slot
+    spec_hash: str
+    created: datetime
+    ip: str | None = None
+    node: str | None = None
+    leaving: bool = False
+    """Terminating, perhaps for ever on a node that is gone; or ended, which a pod that restarts never should."""
+    ended: bool = False
+    """Failed or Succeeded: evicted, or the node was shut down. The object is still to be deleted."""
+    ready: bool = False
+    restarts: int = 0
+    unschedulable: str | None = None
+    """The scheduler's message."""
+    waiting: Waiting | None = None
+    last_exit: Exit | None = None
+
+    @property
+    def rejected_configuration(self) -> bool:
+        """Whether the process ended itself because no restart can help, and has not recovered since."""
+        return not self.ready and self.last_exit is not None and self.last_exit.code == BAD_CONFIGURATION_EXIT_CODE
+
+
+class Contact(Enum):
+    """Whether an engine answers the operator."""
+
+    UNKNOWN = "unknown"
+    """Not asked often enough to know: what was known before still stands."""
+    ANSWERS = "answers"
+    SILENT = "silent"
+
+
+@dataclass(frozen=True)
+class EngineView:
+    """What the operator knows of one engine pod, beyond Kubernetes."""
+
+    contact: Contact = Contact.UNKNOWN
+    state: EngineState | None = None
+    """The last state told; None while it does not answer."""
+    verified: str | None = None
+    """The incarnation that served a real token, as far as it has been serving ever since."""
+    verify_error: str | None = None
+    """Why the last attempt to get a token failed."""
+
+
+class Owner(Enum):
+    """Whose an object with a name that we need is."""
+
+    NOBODY = "nobody"
+    """It does not exist."""
+    OURS = "ours"
+    FOREIGN = "foreign"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The API server refused to make a pod."""
+
+    message: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class World:
+    object: ObjectView
+    pods: tuple[PodView, ...] = ()
+    engines: Mapping[str, EngineView] = field(default_factory=dict)
+    """By the uid of the engine's pod."""
+    token: Owner = Owner.NOBODY
+    service_owner: Owner = Owner.NOBODY
+    service: Mapping[str, Any] | None = None
+    """The part of the Service that we own, in the form of :func:`routing.service_essence`."""
+    endpoints_owner: Owner = Owner.NOBODY
+    endpoints: Mapping[str, Any] | None = None
+    """The same of the EndpointSlice."""
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    """By pod name."""
+
+    def live(self, slot: Slot) -> tuple[PodView, ...]:
+        """The pods of a slot that are to stay, the oldest first."""
+        mine = [pod for pod in self.pods if pod.slot == slot and not pod.leaving]
+        return tuple(sorted(mine, key=lambda pod: (pod.created, pod.name)))
+
+    def leaving(self, slot: Slot) -> tuple[PodView, ...]:
+        return tuple(pod for pod in self.pods if pod.slot == slot and pod.leaving)
+
+    def current(self, slot: Slot) -> PodView | None:
+        """The pod that fills the slot."""
+        return next(iter(self.live(slot)), None)
+
+    def engine_pod(self, instance: int) -> PodView | None:
+        return self.current(Slot(instance, Role.ENGINE))
+
+    def engine(self, pod: PodView | None) -> EngineView:
+        return self.engines.get(pod.uid, EngineView()) if pod else EngineView(contact=Contact.SILENT)
