@@ -160,9 +160,16 @@ def make_app(store: PlanStore, token: bytes) -> FastAPI:
 def serve(app: FastAPI, host: str, port: int) -> None:
     """Serve in a thread of this process, for as long as it lives."""
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # vLLM's server, which starts later in this process, sets up access logging for both.
+    logging.getLogger("uvicorn.access").addFilter(_is_news)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
     # Signals belong to the main thread, where vLLM's own server handles them.
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="control", daemon=True).start()
 
 
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """The operator asks for the state twice a second."""
+    return STATE_PATH not in record.getMessage() and HEALTH_PATH not in record.getMessage()

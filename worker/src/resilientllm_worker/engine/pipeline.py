@@ -114,6 +114,7 @@ class Pipeline:
         self._capacity = 0
         self._incomplete_since = time.monotonic()
         self._failure = ""
+        self._opened = False
         self._recovery: _Recovery | None = None
         self._recoveries: deque[Recovery] = deque(maxlen=RECOVERIES_KEPT)
         self._recoveries_total = 0
@@ -170,6 +171,7 @@ class Pipeline:
 
     def open(self, timeout_seconds: float = 60.0) -> None:
         """Stitch for the first time and return when it is done."""
+        self._opened = True
         self._events.put(lambda: None)
         with self._changed:
             if not self._changed.wait_for(lambda: self._stitched or bool(self._failure), timeout_seconds):
@@ -445,7 +447,7 @@ class Pipeline:
 
     def _settle_topology(self, cause: StageId | None, reason: LossReason | None, at: float) -> None:
         """Bring the pipeline to what `assign` wants; again if a stage fails meanwhile."""
-        while self._allocation is not None and self._plan is not None and self._stamp.term:
+        while self._opened and self._plan is not None:
             now = time.monotonic()
             seen = {
                 name: Sight(channel.connected, channel.has_kv, self._barred.get(name, 0.0))

@@ -18,6 +18,9 @@ class RunnerAdapter(Protocol):
     def before_construction(self, config: VllmConfig) -> None:
         """Runs before the worker builds its model runner."""
 
+    def after_allocation(self, runner: Any) -> None:
+        """Runs once the KV cache is there and the model is warm."""
+
     def prepare(self, runner: Any, output: SchedulerOutput) -> SchedulerOutput:
         """Make a decoded step fit this runner, just before it executes."""
 

@@ -22,6 +22,17 @@ class RunnerV1:
     def before_construction(self, config: VllmConfig) -> None:
         pass
 
+    def after_allocation(self, runner: Any) -> None:
+        from vllm.distributed.parallel_state import get_pp_group
+
+        if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+            return
+        # V1 makes this buffer in its first dummy run, and has none where nothing is profiled or compiled, as on a CPU
+        # with a KV cache of given size.
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+        )
+
     def prepare(self, runner: Any, output: SchedulerOutput) -> SchedulerOutput:
         if not output.scheduled_new_reqs:
             return output

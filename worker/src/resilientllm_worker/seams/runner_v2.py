@@ -31,6 +31,9 @@ class RunnerV2:
         # is too short corrupts silently on a GPU.
         module.set_default_max_concurrency = lambda steps: set_default_max_concurrency(TENANTS * steps)
 
+    def after_allocation(self, runner: Any) -> None:
+        pass
+
     def prepare(self, runner: Any, output: SchedulerOutput) -> SchedulerOutput:
         if runner.pp_handler is not None:
             runner.pp_handler.offer(output.scheduled_cached_reqs, runner.req_states)

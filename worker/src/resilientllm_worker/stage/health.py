@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from resilientllm_api.ports import HEALTH_PATH, READY_PATH
 
+logger = logging.getLogger(__name__)
+
 REQUEST_SECONDS = 5.0
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A probe that hung up is not worth a traceback."""
+        logger.debug("health request of %s: %s", client_address, sys.exception())
 
 
 class HealthServer:
@@ -39,8 +52,7 @@ class HealthServer:
             def log_message(self, format: str, *args: object) -> None:
                 """Probes come every second; they are not news."""
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server((host, port), Handler)
         threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
 
     def close(self) -> None:

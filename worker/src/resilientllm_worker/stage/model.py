@@ -156,6 +156,7 @@ class Model:
         self._wrapper.initialize_from_config([config])
         with self._loopback():
             times = self._wrapper.compile_or_warm_up_model()
+        self._adapter.after_allocation(self._wrapper.worker.model_runner)
         self.kv = KVCache(
             layout=layout,
             home_blocks=home_blocks,
