@@ -100,7 +100,13 @@ class TestBadConfiguration:
 @pytest.mark.parametrize(
     ("changes", "reason", "words"),
     [
-        ({"unschedulable": NOT_ENOUGH_NODES}, "Unschedulable", "as many nodes as instances"),
+        ({"unschedulable": NOT_ENOUGH_NODES}, "Unschedulable", "add nodes, or ask for fewer instances"),
+        ({"unschedulable": "0/3 nodes are available: 3 Insufficient cpu."}, "Unschedulable", "spec.stage.resources"),
+        (
+            {"unschedulable": 'persistentvolumeclaim "models" not found.'},
+            "Unschedulable",
+            "Make the claim that spec.model.volume names",
+        ),
         ({"waiting": Waiting("ErrImagePull", "not found")}, "ImagePullFailed", "Correct spec.image"),
         ({"waiting": Waiting("ImagePullBackOff", "Back-off pulling image")}, "ImagePullFailed", "on node node-0"),
         (

@@ -17,15 +17,23 @@ import kopf
 
 from resilientllm_operator.kube import KubeClient
 
-_SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_TOKEN = _SERVICE_ACCOUNT / "token"
 
 
 def login(settings: kopf.OperatorSettings, logger: Any = None, **_: Any) -> Any:
     """A ``kopf.ConnectionInfo``. Raises ``kopf.LoginError`` where there are no credentials."""
-    if _in_cluster():
-        return kopf.login_with_service_account(settings=settings, logger=logger)
-    # Through the official client, which also knows the credential plugins of cloud providers.
-    return kopf.login_via_client(settings=settings, logger=logger or logging.getLogger(__name__))
+    if not _in_cluster():
+        # Through the official client, which also knows the credential plugins of cloud providers.
+        return kopf.login_via_client(settings=settings, logger=logger or logging.getLogger(__name__))
+    # Not kopf's own login: it looks up a name, and the operator should not need the cluster's DNS to work.
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    return kopf.ConnectionInfo(
+        server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
+        ca_path=str(_SERVICE_ACCOUNT / "ca.crt"),
+        token=_TOKEN.read_text().strip(),
+        default_namespace=(_SERVICE_ACCOUNT / "namespace").read_text().strip(),
+    )
 
 
 def use_kubeconfig(path: Path) -> None:
@@ -41,12 +49,10 @@ def connect(settings: kopf.OperatorSettings) -> KubeClient:
     fixed: Mapping[str, str] = info.as_http_headers()
 
     def headers() -> Mapping[str, str]:
-        if not _in_cluster():
-            return fixed
-        return {"Authorization": f"Bearer {_SERVICE_ACCOUNT_TOKEN.read_text().strip()}"}
+        return {"Authorization": f"Bearer {_TOKEN.read_text().strip()}"} if _in_cluster() else fixed
 
     return KubeClient(info.server, tls, headers)
 
 
 def _in_cluster() -> bool:
-    return "KUBECONFIG" not in os.environ and _SERVICE_ACCOUNT_TOKEN.exists()
+    return "KUBECONFIG" not in os.environ and _TOKEN.exists()

@@ -43,8 +43,7 @@ def pod_trouble(pod: PodView, namespace: str) -> Trouble | None:
     if pod.unschedulable is not None:
         return Trouble(
             Reason.UNSCHEDULABLE,
-            f"no node can take pod {pod.name} ({pod.slot}): {pod.unschedulable} Add nodes or free their resources; "
-            "the copies of a stage never share a node, so there must be at least as many nodes as instances.",
+            f"no node can take pod {pod.name} ({pod.slot}): {pod.unschedulable} {_placement_advice(pod)}",
         )
     if pod.waiting is not None and pod.waiting.reason in _IMAGE:
         where = f" on node {pod.node}" if pod.node else ""
@@ -66,6 +65,16 @@ def pod_trouble(pod: PodView, namespace: str) -> Trouble | None:
             f"{last_line(pod.last_exit.message)}. See {logs}.",
         )
     return None
+
+
+def _placement_advice(pod: PodView) -> str:
+    """The next step, by the words that the scheduler uses."""
+    said = (pod.unschedulable or "").lower()
+    if "persistentvolumeclaim" in said:
+        return "Make the claim that spec.model.volume names, or correct the name."
+    if "anti-affinity" in said:
+        return "The copies of a stage never share a node: add nodes, or ask for fewer instances."
+    return f"Add nodes or free their resources, or ask for less in spec.{pod.slot.role}.resources."
 
 
 def _held(world: World, hold: HoldStatus | None) -> Iterator[Trouble]:
