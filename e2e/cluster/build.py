@@ -76,12 +76,21 @@ def go_program() -> str:
 
 def binaries() -> Path:
     """A folder with etcd, pause and every Kubernetes program; built on first use (minutes)."""
+    return _built("kubernetes", _build)
+
+
+def kind_tools() -> Path:
+    """A folder with kind and kubeadm, of which only clusters made by kind have need."""
+    return _built("kind", _build_kind_tools)
+
+
+def _built(name: str, build: Callable[[str, Path], None]) -> Path:
     go = go_program()
     version = run(go, "version").strip()
     sources = [MODULE / "go.mod", MODULE / "go.sum", *MODULE.rglob("*.go")]
-    home = cache_root() / fingerprint(sources, version)
+    home = cache_root() / f"{name}-{fingerprint(sources, version)}"
     if not home.exists():
-        cached(home, lambda folder: _build(go, folder))
+        cached(home, lambda folder: build(go, folder))
     return home
 
 
@@ -113,14 +122,22 @@ def go_build(go: str, module: Path, package: str, output: Path, *, ldflags: str 
 
 
 def _build(go: str, folder: Path) -> None:
-    version = kubernetes_version((MODULE / "go.mod").read_text())
     go_build(go, MODULE, "./pause", folder / "pause")
     go_build(go, MODULE, "go.etcd.io/etcd/server/v3", folder / "etcd")
-    # Without a version kubectl and the kubelet report v0.0.0, and clients refuse features.
-    stamp = f"-s -w -X k8s.io/component-base/version.gitVersion={version}"
-    go_build(go, MODULE, ".", folder / "hyper", ldflags=stamp)
+    go_build(go, MODULE, ".", folder / "hyper", ldflags=_versioned())
     for name in PERSONALITIES:
         (folder / name).symlink_to("hyper")
+
+
+def _build_kind_tools(go: str, folder: Path) -> None:
+    go_build(go, MODULE, "sigs.k8s.io/kind", folder / "kind")
+    go_build(go, MODULE, "k8s.io/kubernetes/cmd/kubeadm", folder / "kubeadm", ldflags=_versioned())
+
+
+def _versioned() -> str:
+    # Without a version the programs report v0.0.0, and refuse to work with one another.
+    version = kubernetes_version((MODULE / "go.mod").read_text())
+    return f"-s -w -X k8s.io/component-base/version.gitVersion={version}"
 
 
 def _build_environment(environment: Mapping[str, str]) -> dict[str, str]:

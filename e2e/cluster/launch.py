@@ -37,13 +37,13 @@ def module(name: str, *arguments: str | Path) -> list[str]:
 def spawn(
     command: Sequence[str],
     *,
-    group: str,
+    group: str | None,
     log: Path,
-    netns: str | None = None,
+    netns: Path | None = None,
     keep_open: Sequence[int] = (),
 ) -> int:
-    """Start a detached process; its pid. It and all its children belong to ``group``."""
-    inside = ["nsenter", f"--net=/run/netns/{netns}", *command] if netns else list(command)
+    """Start a detached process; its pid. It and all its children belong to ``group``, if one is given."""
+    inside = ["nsenter", f"--net={netns}", *command] if netns else list(command)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         child = subprocess.Popen(
@@ -59,12 +59,13 @@ def spawn(
     _children.append(child)
     assert child.stdin is not None
     with child.stdin as go:
-        cgroups.enter(cgroups.create(group), child.pid)
+        if group is not None:
+            cgroups.enter(cgroups.create(group), child.pid)
         go.write(b"go\n")
     return child.pid
 
 
-def spawn_machine(command: Sequence[str], *, group: str, netns: str, log: Path) -> int:
+def spawn_machine(command: Sequence[str], *, group: str, netns: Path, log: Path) -> int:
     """Start ``command`` as pid 1 of a machine: own pid, mount, cgroup, host name and IPC namespaces."""
     unshare = ["unshare", "--cgroup", "--pid", "--fork", "--kill-child=KILL", "--mount", "--uts", "--ipc"]
     return spawn([*unshare, *command], group=group, netns=netns, log=log)

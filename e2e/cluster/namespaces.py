@@ -74,7 +74,7 @@ class NamespaceCluster:
         self._import(archive)
 
     def forward(self, address: str, port: int) -> HostPort:
-        return HostPort("127.0.0.1", _start_forwarder(self.layout, _listen(), address, port))
+        return HostPort("127.0.0.1", _start_forwarder(self.layout, listen(), address, port))
 
     def container_pids(self, namespace: str, pod: str, container: str) -> list[int]:
         described = json.loads(self.kubectl("get", "pod", pod, f"--namespace={namespace}", "--output=json"))
@@ -166,7 +166,7 @@ class NamespaceProvider:
         _check_machine()
         packages.install(packages.missing_packages())
         binaries = build.binaries()
-        listener = _listen()
+        listener = listen()
         layout = Layout(
             name=self._name,
             folder=self._folder,
@@ -196,7 +196,7 @@ class NamespaceProvider:
         if leftovers:
             raise ClusterError(
                 expected=f"no cluster named {layout.name}",
-                found=", ".join(leftovers),
+                found=f"{len(leftovers)} things of it, such as {leftovers[0]}",
                 remedy="remove it first: python -m e2e.cluster down",
             )
         # The folder holds private keys.
@@ -255,7 +255,7 @@ def _make(layout: Layout, listener: socket.socket) -> None:
     launch.spawn_machine(
         launch.module("control_plane", layout.folder),
         group=f"{layout.prefix}/{cgroups.CONTROL_PLANE}",
-        netns=layout.fabric,
+        netns=network.netns_file(layout.fabric),
         log=layout.control_plane / "log" / "init.log",
     )
     for plan in layout.nodes:
@@ -274,13 +274,14 @@ def _start_node(layout: Layout, plan: NodePlan) -> None:
     launch.spawn_machine(
         launch.module("node", layout.folder, plan.name),
         group=faults.group_of(layout, plan.name),
-        netns=layout.netns(plan.name),
+        netns=network.netns_file(layout.netns(plan.name)),
         log=folder / "log" / "init.log",
     )
 
 
-def _listen() -> socket.socket:
-    return socket.create_server(("127.0.0.1", 0), backlog=128)
+def listen(port: int = 0) -> socket.socket:
+    """A listening socket on the loopback; any free port unless one is asked for."""
+    return socket.create_server(("127.0.0.1", port), backlog=128)
 
 
 def _start_forwarder(layout: Layout, listener: socket.socket, address: str, port: int) -> int:
@@ -290,7 +291,7 @@ def _start_forwarder(layout: Layout, listener: socket.socket, address: str, port
         launch.spawn(
             launch.module("forwarder", str(listener.fileno()), address, str(port)),
             group=f"{layout.prefix}/{cgroups.HOST_SIDE}",
-            netns=layout.fabric,
+            netns=network.netns_file(layout.fabric),
             log=layout.folder / "forwarders" / f"{host_port}.log",
             keep_open=[listener.fileno()],
         )

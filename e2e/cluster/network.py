@@ -19,7 +19,7 @@ _NETNS_FOLDER = Path("/run/netns")
 def make_fabric(layout: Layout) -> None:
     """The switch, with the control plane's address on it."""
     fabric = layout.fabric
-    _make_netns(fabric)
+    make_netns(fabric)
     _ip(fabric, "link", "add", _SWITCH, "type", "bridge")
     _ip(fabric, "address", "add", f"{API_ADDRESS}/{NODE_NETWORK.prefixlen}", "dev", _SWITCH)
     _ip(fabric, "link", "set", _SWITCH, "up")
@@ -35,7 +35,7 @@ def make_fabric(layout: Layout) -> None:
 def make_node(layout: Layout, node: NodePlan) -> None:
     """A node's network namespace, its cable to the switch, and its routes to the other nodes' pods."""
     netns = layout.netns(node.name)
-    _make_netns(netns)
+    make_netns(netns)
     cable = ("type", "veth", "peer", "name", _NODE_LINK, "netns", netns)
     run("ip", "link", "add", node.fabric_link, "netns", layout.fabric, *cable)
     _ip(netns, "address", "add", f"{node.address}/{NODE_NETWORK.prefixlen}", "dev", _NODE_LINK)
@@ -81,11 +81,13 @@ def namespaces(prefix: str) -> list[str]:
     return sorted(entry.name for entry in _NETNS_FOLDER.iterdir() if entry.name.startswith(f"{prefix}."))
 
 
-def exists(netns: str) -> bool:
-    return (_NETNS_FOLDER / netns).exists()
+def netns_file(name: str) -> Path:
+    """The file that stands for a network namespace, for ``nsenter``."""
+    return _NETNS_FOLDER / name
 
 
-def _make_netns(name: str) -> None:
+def make_netns(name: str) -> None:
+    """Make a network namespace that has its own loopback and may route."""
     run("ip", "netns", "add", name)
     _ip(name, "link", "set", "lo", "up")
     _sysctl(name, "net.ipv4.ip_forward", "1")

@@ -8,25 +8,22 @@ gets its own /run, /var/log and so on; all other files are the machine's, as hos
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from pathlib import Path
 
-from . import cgroups, pki
+from . import pki
+from .cni import bridge_network
 from .commands import run
 from .control_plane import PROXY_HEALTH, api_server_ready_url, proxy
 from .errors import ClusterError
 from .image import PAUSE_REF
 from .layout import Layout, NodePlan
+from .machine import become_machine, shield_sysctls
 from .packages import cni_folder
 from .supervisor import Service, Supervisor, http_ok, socket_accepts
 from .timings import TUNED, Timings
 
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
-
-# The kubelet insists on these, and they hold for the whole machine, which is not a cluster's to
-# change. It is content when a file that already says so lies over them.
-_SHIELDED_SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
 
 # Folders of the machine that a node replaces by its own, where programs cannot be told another path.
 PRIVATE_FOLDERS = ("/var/lib/kubelet", "/var/lib/cni", "/var/log")
@@ -59,24 +56,6 @@ base_runtime_spec = "{layout.base_spec}"
 [{cri}.containerd.runtimes.runc.options]
 SystemdCgroup = false
 """
-
-
-def cni_config(node: NodePlan) -> str:
-    """Pods hang on a bridge of their node; routes between the nodes' pod networks are static."""
-    bridge = {
-        "type": "bridge",
-        "bridge": "cni0",
-        "isGateway": True,
-        "ipMasq": False,
-        "hairpinMode": True,
-        "ipam": {
-            "type": "host-local",
-            "ranges": [[{"subnet": str(node.pod_network)}]],
-            "routes": [{"dst": "0.0.0.0/0"}],
-        },
-    }
-    portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
-    return json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge, portmap]}, indent=2)
 
 
 def kubelet_config(layout: Layout, node: NodePlan, timings: Timings = TUNED) -> str:
@@ -169,41 +148,26 @@ def prepare(layout: Layout, node: NodePlan) -> None:
             expected="CNI plugins on this machine", found="none", remedy="install containernetworking-plugins"
         )
     (folder / "containerd.toml").write_text(containerd_config(layout, node, plugins))
-    (folder / "cni" / "10-pods.conflist").write_text(cni_config(node))
+    (folder / "cni" / "10-pods.conflist").write_text(bridge_network(node.pod_network))
     (folder / "kubelet.json").write_text(kubelet_config(layout, node))
 
 
-def mount_private_files(folder: Path, hierarchies: tuple[cgroups.Hierarchy, ...]) -> None:
-    """Turn the copy of the machine's mounts, which every new mount namespace is, into a node's own."""
-    run("mount", "-t", "proc", "proc", "/proc")
-    run("mount", "-t", "sysfs", "sysfs", "/sys")
-    run("mount", "-t", "tmpfs", "-o", "mode=755", "cgroup", "/sys/fs/cgroup")
-    for hierarchy in hierarchies:
-        hierarchy.path.mkdir(parents=True)
-        run("mount", "-t", "cgroup", "-o", hierarchy.options, "cgroup", hierarchy.path)
-    for sysctl, value in _SHIELDED_SYSCTLS.items():
-        shield = folder / "sysctl" / sysctl
-        shield.parent.mkdir(parents=True, exist_ok=True)
-        shield.write_text(value + "\n")
-        run("mount", "--bind", shield, Path("/proc/sys") / sysctl)
+def mount_private_folders(folder: Path) -> None:
     for private in PRIVATE_FOLDERS:
         own = folder / "disk" / private.strip("/")
         own.mkdir(parents=True, exist_ok=True)
         run("mount", "--bind", own, private)
-    run("mount", "-t", "tmpfs", "-o", "mode=755", "run", "/run")
-    for wanted in ("/run/netns", "/run/lock", "/var/log/pods", "/var/log/containers"):
+    for wanted in ("/var/log/pods", "/var/log/containers"):
         Path(wanted).mkdir(exist_ok=True)
-    # Volumes that the kubelet mounts must be seen by the containers that start later.
-    run("mount", "--make-rshared", "/")
 
 
 def main() -> None:
     layout = Layout.load(Path(sys.argv[1]))
     node = layout.node(sys.argv[2])
     folder = layout.node_folder(node.name)
-    hierarchies = cgroups.hierarchies()
-    socket.sethostname(node.name)
-    mount_private_files(folder, hierarchies)
+    become_machine(node.name)
+    shield_sysctls(folder)
+    mount_private_folders(folder)
     Supervisor(services(layout, node), folder).run()
 
 
