@@ -28,4 +28,7 @@ def decode_array(array: Array) -> npt.NDArray[Any]:
         raise Malformed(f"expected an array of one of {', '.join(_DTYPES)}, found {array.dtype!r}")
     if any(side < 0 for side in array.shape) or math.prod(array.shape) * dtype.itemsize != len(array.data):
         raise Malformed(f"expected {array.dtype} of shape {array.shape}, found {len(array.data)} bytes")
-    return np.frombuffer(bytearray(array.data), dtype).reshape(array.shape)
+    try:
+        return np.frombuffer(bytearray(array.data), dtype).reshape(array.shape)
+    except (ValueError, OverflowError) as error:  # a side is 0, the others are beyond all bounds
+        raise Malformed(f"no array can have the shape {array.shape}: {error}") from error
