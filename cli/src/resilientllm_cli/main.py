@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from resilientllm_cli import tiny_model
+from resilientllm_cli.bench import command as bench_command
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.local import command as local_command
 
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_make_tiny_model(commands)
     local_command.add_parser(commands)
+    bench_command.add_parser(commands)
     return parser
 
 

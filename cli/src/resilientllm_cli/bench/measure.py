@@ -1,0 +1,149 @@
+"""The order of measurements. Where ours and stock run both, they take turns; restarts of stock are measured alone.
+
+The undisturbed run that tokens are checked against is each side's own first one: greedy decoding in one batch
+composition or another may differ in the last bits, and a random model has no wide margins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from resilientllm_api.engine_state import RecoveryKind
+
+from resilientllm_cli.bench import throughput
+from resilientllm_cli.bench.kill_run import KillRun, disturb, judge
+from resilientllm_cli.bench.report import OURS, STOCK, Measured
+from resilientllm_cli.bench.settings import Settings, victims
+from resilientllm_cli.bench.stock import StockServer
+from resilientllm_cli.local import environment, preflight
+from resilientllm_cli.local.cluster import LocalCluster
+from resilientllm_cli.local.flags import with_defaults
+from resilientllm_cli.local.layout import Layout
+from resilientllm_cli.streams import OnToken, Stream, connect, model_name, run_stream_with_retries, run_streams
+
+Say = Callable[[str], None]
+
+RESTART_TIMEOUT_SECONDS = 300.0
+SERVING = 0
+"""The instance that serves the streams, and loses the stages."""
+
+
+def measure(settings: Settings, say: Say) -> Measured:
+    layout = Layout(
+        model=settings.model,
+        instances=settings.instances,
+        stages=settings.stages,
+        port=0,
+        directory=settings.directory,
+    )
+    shape = preflight.read_shape(settings.model)
+    preflight.check_layout(layout, shape)
+    stock = partial(
+        StockServer,
+        settings.stock_programs,
+        settings.model,
+        settings.stages,
+        with_defaults([], environment.default_flags(shape)),
+        environment.of_children(os.environ, layout),
+        settings.directory.absolute() / "logs" / "stock.log",
+    )
+    kills: list[KillRun] = []
+    rates: dict[str, list[float]] = {}
+    if settings.kills or settings.throughput_runs:
+        with LocalCluster(layout) as cluster:
+            cluster.wait_ready()
+            kills = _kill_ours(cluster, settings, say)
+            if settings.throughput_runs:
+                with stock() as server:
+                    server.wait_ready()
+                    urls = {OURS: cluster.engines[SERVING].url, STOCK: server.url}
+                    rates = throughput.measure(urls, settings, say)
+    restarts: list[KillRun] = []
+    if settings.restarts:
+        with stock() as server:
+            server.wait_ready()
+            restarts = _restart_stock(server, settings, say)
+    return Measured(ours=kills, restart=restarts, tokens_per_second=rates)
+
+
+def _undisturbed(url: str, settings: Settings) -> list[list[int]]:
+    streams = asyncio.run(run_streams(url, settings.prompts(), settings.sampling))
+    for stream in streams:
+        if not stream.complete or len(stream.tokens) != settings.tokens:
+            raise RuntimeError(
+                f"expected {settings.tokens} tokens without a disturbance, found {len(stream.tokens)}: {stream.error}"
+            )
+    return [stream.tokens for stream in streams]
+
+
+def _kill_ours(cluster: LocalCluster, settings: Settings, say: Say) -> list[KillRun]:
+    url = cluster.engines[SERVING].url
+    undisturbed = _undisturbed(url, settings)
+    runs: list[KillRun] = []
+    for number, stage in enumerate(victims(settings.kills, settings.stages), start=1):
+        cluster.wait_ready()
+        disturbed = asyncio.run(
+            disturb(
+                lambda on_token: run_streams(url, settings.prompts(), settings.sampling, on_token),
+                settings.streams,
+                settings.kill_after_tokens,
+                partial(cluster.kill_stage, SERVING, stage),
+            )
+        )
+        run = judge(stage, disturbed, undisturbed, _phases_ms(cluster))
+        runs.append(run)
+        say(f"kill {number}/{settings.kills} of stage {stage}: {_verdict(run)}")
+    return runs
+
+
+def _phases_ms(cluster: LocalCluster) -> dict[str, float]:
+    """Of the last time a donor stood in. Its stage may already be back, and that recovery is not the one asked for."""
+    state = cluster.engine_state(SERVING)
+    borrowed = [recovery for recovery in state.recoveries if recovery.kind is RecoveryKind.BORROW] if state else []
+    return dict(borrowed[-1].phases_ms) if borrowed else {}
+
+
+def _restart_stock(server: StockServer, settings: Settings, say: Say) -> list[KillRun]:
+    undisturbed = _undisturbed(server.url, settings)
+    runs: list[KillRun] = []
+    for number, stage in enumerate(victims(settings.restarts, settings.stages), start=1):
+        server.wait_ready()
+        disturbed = asyncio.run(
+            disturb(
+                partial(_stream_with_retries, server.url, settings),
+                settings.streams,
+                settings.kill_after_tokens,
+                partial(server.kill_worker, stage),
+            )
+        )
+        run = judge(stage, disturbed, undisturbed, {})
+        runs.append(run)
+        say(f"restart {number}/{settings.restarts} after a kill of stage {stage}: {_verdict(run)}")
+    return runs
+
+
+async def _stream_with_retries(url: str, settings: Settings, on_token: OnToken) -> list[Stream]:
+    deadline = time.monotonic() + RESTART_TIMEOUT_SECONDS
+    async with connect(url) as client:
+        model = await model_name(client)
+        return await asyncio.gather(
+            *(
+                run_stream_with_retries(client, model, prompt, settings.sampling, Stream(index), deadline, on_token)
+                for index, prompt in enumerate(settings.prompts())
+            )
+        )
+
+
+def _verdict(run: KillRun) -> str:
+    harm = "all tokens as undisturbed" if run.tokens.unharmed else f"{run.tokens}"
+    return f"worst stall {run.worst_stall_seconds:.3f} s, {harm}{f', errors {run.errors}' if run.errors else ''}"
+
+
+def quick(settings: Settings) -> Settings:
+    """Enough to see that all of it works; too few for a figure."""
+    return replace(settings, kills=3, restarts=1, throughput_runs=1)
