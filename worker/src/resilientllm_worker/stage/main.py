@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
 import sys
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from resilientllm_worker.process import add_common_flags, host_and_port, read_token, run_command
 from resilientllm_worker.seams.launch import BadConfiguration, config_digest, make_config, make_parser, prepare
+from resilientllm_worker.stage.background import run_nicely
 from resilientllm_worker.stage.health import HealthServer
+
+if TYPE_CHECKING:
+    from resilientllm_worker.stage.model import Model
 
 PROGRAM = "resilientllm-stage"
 logger = logging.getLogger(__name__)
@@ -21,43 +26,19 @@ def main() -> None:
 
 
 def _run() -> None:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    parser = make_parser(PROGRAM, "Serve one pipeline stage. Takes every flag of `vllm serve`, as its engine does.")
-    group = add_common_flags(parser)
-    group.add_argument("--stage", type=int, required=True, help="place in the pipeline, from 0")
-    group.add_argument("--listen", type=host_and_port, required=True, metavar="HOST:PORT", help="for engines and stages")
-    group.add_argument("--health", type=host_and_port, required=True, metavar="HOST:PORT", help="for /healthz and /readyz")
-    group.add_argument(
-        "--pool-fraction",
-        type=float,
-        default=1.0,
-        help="KV blocks for guests, as a fraction of the blocks for the stage's own instance (default: %(default)s)",
-    )
-    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args = run_nicely(_parse)
     token = read_token(args.token_file)
-    if not 0.0 <= args.pool_fraction <= 4.0:
-        raise BadConfiguration(f"--pool-fraction: expected 0 to 4, got {args.pool_fraction}")
-    if not 0 <= args.stage < args.pipeline_parallel_size:
-        raise BadConfiguration(f"--stage: expected 0 to {args.pipeline_parallel_size - 1}, got {args.stage}")
-    if args.tensor_parallel_size != 1:
-        raise BadConfiguration("--tensor-parallel-size: stages of one rank are supported so far")
     report: dict[str, object] = {}
-    health = HealthServer(*args.health, ready=lambda: report or None)
-    prepare(args)
-    config = make_config(args)
-    digest = config_digest(config)
+    try:
+        health = HealthServer(*args.health, ready=lambda: report or None)
+    except OSError as error:
+        raise BadConfiguration(f"--health {args.health[0]}:{args.health[1]}: {error.strerror}") from error
+    model, digest = run_nicely(lambda: _load(args))
+    model.adopt_thread()
 
-    from vllm.utils.network_utils import get_file_store_init_method
-
-    from resilientllm_worker.stage.model import Model
     from resilientllm_worker.stage.server import StageServer, listen
 
-    model = Model(config, args.stage, rank=0)
-    model.load(get_file_store_init_method())
     server = StageServer(model, args.instance, args.stage, digest, token, args.pool_fraction)
     try:
         listener = listen(server, *args.listen, token)
@@ -75,13 +56,51 @@ def _run() -> None:
         server.run()
     except KeyboardInterrupt:
         logger.info("stopping")
-    except Exception as error:  # noqa: BLE001 - whatever vLLM raised, this process cannot serve after it
+    except Exception as error:
+        # Whatever vLLM raised, its runner is in an unknown state: a new process is the only safe answer.
         logger.exception("stage %d.%d failed", args.instance, args.stage)
         server.fail(f"{type(error).__name__}: {error}")
         listener.close()
         sys.exit(1)
     listener.close()
     health.close()
+
+
+def _parse() -> argparse.Namespace:
+    parser = make_parser(PROGRAM, "Serve one pipeline stage. Takes every flag of `vllm serve`, as its engine does.")
+    group = add_common_flags(parser)
+    group.add_argument("--stage", type=int, required=True, help="place in the pipeline, from 0")
+    group.add_argument("--listen", type=host_and_port, required=True, metavar="HOST:PORT", help="for engines and stages")
+    group.add_argument("--health", type=host_and_port, required=True, metavar="HOST:PORT", help="for /healthz and /readyz")
+    group.add_argument(
+        "--pool-fraction",
+        type=float,
+        default=1.0,
+        help="KV blocks for guests, as a fraction of the blocks for the stage's own instance (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    if not 0.0 <= args.pool_fraction <= 4.0:
+        raise BadConfiguration(f"--pool-fraction: expected 0 to 4, got {args.pool_fraction}")
+    if not 0 <= args.stage < args.pipeline_parallel_size:
+        raise BadConfiguration(f"--stage: expected 0 to {args.pipeline_parallel_size - 1}, got {args.stage}")
+    if args.tensor_parallel_size != 1:
+        raise BadConfiguration("--tensor-parallel-size: stages of one rank are supported so far")
+    return args
+
+
+def _load(args: argparse.Namespace) -> tuple[Model, str]:
+    """The model with its weights, and the digest of the settings that it was loaded under."""
+    prepare(args)
+    config = make_config(args)
+    digest = config_digest(config)
+
+    from vllm.utils.network_utils import get_file_store_init_method
+
+    from resilientllm_worker.stage.model import Model
+
+    model = Model(config, args.stage, rank=0)
+    model.load(get_file_store_init_method())
+    return model, digest
 
 
 if __name__ == "__main__":

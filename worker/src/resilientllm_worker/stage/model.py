@@ -118,6 +118,12 @@ class Model:
         wrapper.load_model()
         current_platform.update_block_size_for_backend(config)
 
+    def adopt_thread(self) -> None:
+        """Call once in the thread that will run steps: the current device belongs to a thread, and `load` had its own."""
+        device = self._wrapper.worker.model_runner.device
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+
     def kv_needs(self) -> KVNeeds:
         """Profiles memory the first time; later answers are the recorded ones, since KV may be resident by then."""
         if self._needs is None:
