@@ -35,6 +35,8 @@ from resilientllm_operator.world import Refusal
 logger = logging.getLogger(__name__)
 
 VERIFY_AGAIN_SECONDS = 2.0
+PUBLISH_AGAIN_SECONDS = 3.0
+"""An engine that starts takes its plan at once, and reports it when its scheduler runs."""
 _REFUSED = {400, 403, 422}
 """Bad manifest, quota or policy: asking again at once changes nothing."""
 
@@ -49,6 +51,8 @@ class Dispatcher:
         self._name = name
         self._uid = uid
         self._verifications: dict[str, asyncio.Task[None]] = {}
+        self._published: dict[str, tuple[int, float]] = {}
+        """By pod uid: the version that was taken last, and when (monotonic clock)."""
         self.refusals: dict[str, Refusal] = {}
         """Pods that the API server refuses to make, by name."""
 
@@ -72,9 +76,9 @@ class Dispatcher:
                 await self.write_status(status)
             case Announce():
                 await self._announce(action)
-            case PublishPlan(uid, ip, _):
+            case PublishPlan():
                 if engines is not None:
-                    await self._publish(engines, EngineAddress(uid, ip), action)
+                    await self._publish(engines, action)
             case VerifyEngine():
                 if engines is not None:
                     self._verify(engines, action)
@@ -141,20 +145,21 @@ class Dispatcher:
             },
         )
 
-    async def _publish(self, engines: Engines, engine: EngineAddress, action: PublishPlan) -> None:
+    async def _publish(self, engines: Engines, action: PublishPlan) -> None:
+        plan = action.plan
+        version, at = self._published.get(action.pod_uid, (0, 0.0))
+        if version == plan.version and time.monotonic() - at < PUBLISH_AGAIN_SECONDS:
+            return
         try:
-            await engines.publish(engine, action.plan)
+            await engines.publish(EngineAddress(action.pod_uid, action.ip), plan)
         except EngineError as error:
             # The next round tries again; other engines must not wait for this one.
             logger.warning("%s/%s: %s", self._namespace, self._name, error)
-        else:
-            logger.info(
-                "%s/%s: plan %d is published to instance %d",
-                self._namespace,
-                self._name,
-                action.plan.version,
-                action.plan.instance,
-            )
+            return
+        if version != plan.version:
+            where = f"{self._namespace}/{self._name}"
+            logger.info("%s: plan %d is published to instance %d", where, plan.version, plan.instance)
+        self._published[action.pod_uid] = (plan.version, time.monotonic())
 
     def _verify(self, engines: Engines, action: VerifyEngine) -> None:
         """One verification at a time for each engine, beside the rounds: it may take as long as a compilation."""

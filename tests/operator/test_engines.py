@@ -1,0 +1,204 @@
+"""The operator's conversation with an engine, over real HTTP with a stand-in for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from aiohttp import web
+from resilientllm_api.engine_state import EnginePhase, EngineState
+from resilientllm_api.pairing import make_plans
+from resilientllm_api.plan import Limits, Plan, StageId
+from resilientllm_operator.engines import EngineAddress, EngineError, Engines
+from resilientllm_operator.world import Contact, EngineView
+
+from tests.operator.builders import engine_state
+
+TOKEN = "a" * 64
+PLAN: Plan = make_plans("default/tiny", 3, 1, 1, {StageId(instance=0, stage=0): "10.0.0.1:7000"}, Limits())[0]
+
+
+@dataclass
+class Stand:
+    """What the stand-in answers, and what it was told."""
+
+    state: EngineState = field(default_factory=lambda: engine_state(0))
+    status: int = 200
+    tokens: int = 1
+    delay_seconds: float = 0.0
+    plans: list[Plan] = field(default_factory=list)
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    def guarded(self, handler: Callable[[web.Request], Awaitable[web.Response]]) -> Any:
+        async def check(request: web.Request) -> web.Response:
+            if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+                return web.Response(status=401, text="no token")
+            await asyncio.sleep(self.delay_seconds)
+            return web.Response(status=self.status) if self.status != 200 else await handler(request)
+
+        return check
+
+    async def get_state(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.state.model_dump_json(by_alias=True))
+
+    async def put_plan(self, request: web.Request) -> web.Response:
+        self.plans.append(Plan.model_validate_json(await request.text()))
+        return web.Response(status=204)
+
+    async def complete(self, request: web.Request) -> web.Response:
+        assert "Authorization" not in request.headers, "the API server of an engine has no business with the token"
+        self.asked.append(await request.json())
+        if self.status != 200:
+            return web.Response(status=self.status, text="no")
+        return web.json_response({"usage": {"completion_tokens": self.tokens}})
+
+
+@asynccontextmanager
+async def meeting(stand: Stand, token: str = TOKEN) -> AsyncIterator[tuple[Engines, EngineAddress]]:
+    app = web.Application()
+    app.add_routes(
+        [
+            web.get("/v1/state", stand.guarded(stand.get_state)),
+            web.put("/v1/plan", stand.guarded(stand.put_plan)),
+            web.post("/v1/completions", stand.complete),
+        ]
+    )
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    try:
+        async with Engines(token) as engines:
+            engines.keep(["uid"], {})
+            yield engines, EngineAddress("uid", "127.0.0.1", api_port=port, control_port=port)
+    finally:
+        await runner.cleanup()
+
+
+def view_after(stand: Stand, *steps: Callable[[Engines, EngineAddress], Awaitable[None]], token: str = TOKEN) -> Any:
+    async def run() -> EngineView:
+        async with meeting(stand, token) as (engines, address):
+            for step in steps:
+                await step(engines, address)
+            return engines.views["uid"]
+
+    return asyncio.run(run())
+
+
+async def ask(engines: Engines, address: EngineAddress) -> None:
+    await engines.ask(address)
+
+
+async def verify(engines: Engines, address: EngineAddress) -> None:
+    await engines.verify(address, "uid/0/1", "tiny")
+
+
+def becomes(stand: Stand, **changes: Any) -> Callable[[Engines, EngineAddress], Awaitable[None]]:
+    async def change(_: Engines, __: EngineAddress) -> None:
+        for name, value in changes.items():
+            setattr(stand, name, value)
+
+    return change
+
+
+def test_an_engine_tells_its_state() -> None:
+    stand = Stand()
+    view = view_after(stand, ask)
+    assert (view.contact, view.state) == (Contact.ANSWERS, stand.state)
+
+
+def test_a_wrong_token_is_no_contact() -> None:
+    assert view_after(Stand(), ask, ask, ask, token="wrong").contact is Contact.SILENT
+
+
+def test_one_missed_answer_is_not_silence() -> None:
+    stand = Stand()
+    view = view_after(stand, ask, becomes(stand, status=500), ask, ask)
+    assert (view.contact, view.state) == (Contact.ANSWERS, stand.state)
+
+
+def test_three_are() -> None:
+    stand = Stand()
+    view = view_after(stand, ask, becomes(stand, status=500), ask, ask, ask)
+    assert (view.contact, view.state) == (Contact.SILENT, None)
+
+
+def test_nobody_listening_is_silence_at_once() -> None:
+    async def run() -> EngineView:
+        async with Engines(TOKEN) as engines:
+            engines.keep(["uid"], {"uid": "uid/0/1"})
+            assert engines.views["uid"].contact is Contact.UNKNOWN
+            await engines.ask(EngineAddress("uid", "127.0.0.1", control_port=9))
+            return engines.views["uid"]
+
+    view = asyncio.run(run())
+    assert (view.contact, view.verified) == (Contact.SILENT, None)
+
+
+def test_a_hanging_engine_is_not_waited_for() -> None:
+    stand = Stand(delay_seconds=5)
+    assert view_after(stand, ask).contact is Contact.UNKNOWN
+
+
+def test_a_plan_is_told() -> None:
+    stand = Stand()
+
+    async def publish(engines: Engines, address: EngineAddress) -> None:
+        await engines.publish(address, PLAN)
+
+    view_after(stand, publish)
+    assert stand.plans == [PLAN]
+
+
+def test_a_refused_plan_is_an_error() -> None:
+    stand = Stand(status=409)
+
+    async def publish(engines: Engines, address: EngineAddress) -> None:
+        with pytest.raises(EngineError, match=r"refused plan 3: 409"):
+            await engines.publish(address, PLAN)
+
+    view_after(stand, publish)
+
+
+def test_a_real_token_is_proof() -> None:
+    stand = Stand()
+    view = view_after(stand, ask, verify)
+    assert (view.verified, view.verify_error) == ("uid/0/1", None)
+    assert stand.asked[0]["max_tokens"] == 1 and stand.asked[0]["model"] == "tiny"
+
+
+def test_no_token_is_no_proof() -> None:
+    view = view_after(Stand(tokens=0), ask, verify)
+    assert view.verified is None
+    assert "gave 0 tokens" in view.verify_error
+
+
+def test_an_error_is_no_proof() -> None:
+    stand = Stand()
+    view = view_after(stand, ask, becomes(stand, status=500), verify)
+    assert "500 no" in view.verify_error
+
+
+@pytest.mark.parametrize(
+    ("phase", "kept"),
+    [(EnginePhase.RECOVERING, True), (EnginePhase.DEGRADED, True), (EnginePhase.WAITING, False)],
+)
+def test_the_proof_holds_as_long_as_it_serves(phase: EnginePhase, kept: bool) -> None:
+    stand = Stand()
+    view = view_after(stand, ask, verify, becomes(stand, state=engine_state(0, phase=phase)), ask)
+    assert (view.verified is not None) is kept
+
+
+def test_engines_that_are_gone_are_forgotten() -> None:
+    async def run() -> None:
+        async with Engines(TOKEN) as engines:
+            engines.keep(["a", "b"], {"a": "a/0/1"})
+            engines.keep(["b"], {})
+            assert set(engines.views) == {"b"}
+
+    asyncio.run(run())

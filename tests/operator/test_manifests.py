@@ -1,0 +1,70 @@
+"""The shipped manifests say what the code needs, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from resilientllm_api.crd import API_VERSION, ResilientLLMSpec
+from resilientllm_operator.controller import WATCHED
+from resilientllm_operator.kube import RESOURCES
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+
+
+def documents(file: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((MANIFESTS / file).read_text()))
+
+
+def rules() -> list[dict[str, Any]]:
+    (role,) = [each for each in documents("base/rbac.yaml") if each["kind"] == "ClusterRole"]
+    return list(role["rules"])
+
+
+def verbs(resource: str) -> set[str]:
+    return {verb for rule in rules() if resource in rule["resources"] for verb in rule["verbs"]}
+
+
+def test_nothing_is_granted_by_a_wildcard() -> None:
+    for rule in rules():
+        assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+
+
+def test_what_is_watched_may_be_watched() -> None:
+    for kind in WATCHED:
+        assert {"list", "watch"} <= verbs(RESOURCES[kind][1])
+
+
+def test_secrets_are_never_listed_and_no_pod_is_entered() -> None:
+    assert verbs("secrets") == {"get", "create"}
+    assert not verbs("pods/exec") and not verbs("nodes")
+
+
+def test_the_spec_of_users_is_never_written() -> None:
+    assert verbs("resilientllms") == {"get", "list", "watch"}
+    assert verbs("resilientllms/status") == {"patch"}
+
+
+def test_the_operator_meets_pod_security_restricted() -> None:
+    (deployment,) = documents("base/operator.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_the_example_is_two_pipelines_of_two_stages() -> None:
+    (example,) = documents("examples/tiny.yaml")
+    assert example["apiVersion"] == API_VERSION
+    spec = ResilientLLMSpec.model_validate(example["spec"])
+    assert (example["metadata"]["name"], spec.instances, spec.stages) == ("tiny", 2, 2)
+    assert spec.model.volume is not None
+    volume, claim = documents("examples/models-pv.yaml")
+    assert claim["metadata"]["name"] == spec.model.volume.persistent_volume_claim.claim_name
+    assert volume["spec"]["claimRef"]["name"] == claim["metadata"]["name"]

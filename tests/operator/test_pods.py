@@ -1,0 +1,133 @@
+"""The pods that are made: their commands, where they may run, and that Pod Security ``restricted`` admits them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from resilientllm_operator.names import MANAGER, Slot, pod_name, slot_of, slots
+from resilientllm_operator.pods import build_pod, spec_hash
+
+from tests.operator.builders import UID, engine, obj, spec, stage
+
+SLOTS = (stage(1, 0), engine(1))
+
+
+def container(slot: Slot, **changes: Any) -> dict[str, Any]:
+    (only,) = build_pod(obj(spec=spec(**changes)), slot)["spec"]["containers"]
+    return dict(only)
+
+
+def test_the_stage_command() -> None:
+    assert container(stage(1, 0), args=["--max-model-len=64"], replication={"poolPercent": 40})["command"] == [
+        "resilientllm-stage",
+        "/models/tiny",
+        "--instance=1",
+        "--stage=0",
+        "--listen=0.0.0.0:7000",
+        "--health=0.0.0.0:7001",
+        "--token-file=/etc/resilientllm/token/token",
+        "--pool-fraction=0.4",
+        "--pipeline-parallel-size=2",
+        "--tensor-parallel-size=1",
+        "--max-model-len=64",
+    ]
+
+
+def test_the_engine_command() -> None:
+    assert container(engine(1), args=["--max-model-len=64"])["command"] == [
+        "resilientllm-engine",
+        "/models/tiny",
+        "--instance=1",
+        "--plan-file=/var/run/resilientllm/plan.json",
+        "--control=0.0.0.0:8001",
+        "--token-file=/etc/resilientllm/token/token",
+        "--host=0.0.0.0",
+        "--port=8000",
+        "--served-model-name=tiny",
+        "--pipeline-parallel-size=2",
+        "--tensor-parallel-size=1",
+        "--max-model-len=64",
+    ]
+
+
+@pytest.mark.parametrize("slot", SLOTS, ids=str)
+class TestEveryPod:
+    def test_meets_pod_security_restricted(self, slot: Slot) -> None:
+        pod = build_pod(obj(), slot)["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] != 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        context = container(slot)["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        allowed = {"secret", "emptyDir", "persistentVolumeClaim"}
+        assert all(set(volume) - {"name"} <= allowed for volume in pod["volumes"])
+
+    def test_cannot_write_to_its_image_and_has_no_api_token(self, slot: Slot) -> None:
+        assert container(slot)["securityContext"]["readOnlyRootFilesystem"] is True
+        assert build_pod(obj(), slot)["spec"]["automountServiceAccountToken"] is False
+
+    def test_is_restarted_in_place_and_tells_its_last_words(self, slot: Slot) -> None:
+        assert build_pod(obj(), slot)["spec"]["restartPolicy"] == "Always"
+        assert container(slot)["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+    def test_mounts_the_model_read_only(self, slot: Slot) -> None:
+        mounts = {mount["name"]: mount for mount in container(slot)["volumeMounts"]}
+        assert mounts["model"] == {"name": "model", "mountPath": "/models", "readOnly": True}
+
+    def test_the_later_environment_wins(self, slot: Slot) -> None:
+        env = [{"name": "OMP_NUM_THREADS", "value": "1"}, {"name": "HOME", "value": "/elsewhere"}]
+        own = {str(slot.role): {"env": [{"name": "OMP_NUM_THREADS", "value": "4"}]}}
+        values = {each["name"]: each.get("value") for each in container(slot, env=env, **own)["env"]}
+        assert values["OMP_NUM_THREADS"] == "4"
+        assert values["HOME"] == "/elsewhere"
+        assert values["VLLM_NO_USAGE_STATS"] == "1"
+        assert values["HF_HUB_OFFLINE"] == "1"
+
+    def test_carries_labels_that_lead_back_to_its_slot(self, slot: Slot) -> None:
+        labels = build_pod(obj(), slot)["metadata"]["labels"]
+        assert slot_of(labels) == slot
+        assert labels["app.kubernetes.io/managed-by"] == MANAGER
+
+
+def test_a_downloaded_model_is_not_offline() -> None:
+    names = {each["name"] for each in container(stage(0, 0), model={"name": "org/model"})["env"]}
+    assert "HF_HUB_OFFLINE" not in names
+
+
+def test_copies_of_a_stage_must_be_apart_and_stages_of_an_instance_should() -> None:
+    rules = build_pod(obj(spec=spec(replication={"topologyKey": "rack"})), stage(1, 0))["spec"]["affinity"]
+    (must,) = rules["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (should,) = rules["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert must["topologyKey"] == "rack"
+    assert must["labelSelector"]["matchLabels"]["resilientllm.dev/stage"] == "0"
+    assert "resilientllm.dev/instance" not in must["labelSelector"]["matchLabels"]
+    assert should["podAffinityTerm"]["labelSelector"]["matchLabels"]["resilientllm.dev/instance"] == "1"
+
+
+def test_engines_may_share_a_node() -> None:
+    rules = build_pod(obj(), engine(0))["spec"]["affinity"]["podAntiAffinity"]
+    assert "requiredDuringSchedulingIgnoredDuringExecution" not in rules
+
+
+def test_names_fit_a_host_name() -> None:
+    longest = max((pod_name("n" * 40, UID, slot, ()) for slot in slots(16, 64)), key=len)
+    assert len(longest) <= 63
+
+
+def test_a_name_depends_on_who_was_there_before() -> None:
+    names = {pod_name("tiny", UID, stage(0, 0), before) for before in ((), ("a",), ("b",), ("a", "b"))}
+    assert len(names) == 4
+    assert pod_name("tiny", UID, stage(0, 0), ("a", "b")) == pod_name("tiny", UID, stage(0, 0), ("b", "a"))
+
+
+def test_the_hash_changes_with_what_the_pod_is_made_from() -> None:
+    assert spec_hash(obj(), stage(0, 0)) != spec_hash(obj(spec=spec(image="other")), stage(0, 0))
+    assert spec_hash(obj(), stage(0, 0)) == spec_hash(obj(spec=spec(service={"port": 81})), stage(0, 0))
+    assert spec_hash(obj(), stage(0, 0)) == spec_hash(obj(spec=spec(instances=5)), stage(0, 0))
+
+
+@pytest.mark.parametrize("labels", [{}, {"resilientllm.dev/role": "cook"}, {"resilientllm.dev/role": "stage"}])
+def test_foreign_labels_lead_nowhere(labels: dict[str, str]) -> None:
+    assert slot_of(labels) is None
