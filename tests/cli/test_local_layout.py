@@ -49,7 +49,7 @@ def test_defaults_give_way_to_what_is_inherited_and_that_to_the_users_environmen
     assert found["OMP_NUM_THREADS"] == "4"
     assert found["HF_HUB_OFFLINE"] == "maybe"
     assert found["HOME"] == "/home/it"
-    assert found["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 @pytest.mark.parametrize(("runner", "v2", "interpreted"), [("v1", "0", None), ("v2", "1", "1")])

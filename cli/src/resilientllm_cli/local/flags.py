@@ -10,15 +10,17 @@ CPU_DEFAULTS: Mapping[str, str | None] = {
     "--block-size": "32",
     "--max-num-seqs": "16",
     "--max-num-batched-tokens": "2048",
+    "--kv-cache-memory-bytes": str(256 * 2**20),
 }
-"""For a machine without a GPU: no compilation, and tokens that do not depend on how requests are batched."""
+"""For a machine without a GPU: no compilation, and full precision, which leaves a random model's tokens alone however
+requests are batched. vLLM touches all KV memory at the start, so eight processes must not take a GiB each; who sets
+VLLM_CPU_KVCACHE_SPACE (in GiB) overrides it."""
 
 CPU_ENVIRONMENT: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-"""Several processes share few cores: none may spin on all of them, or reserve most of the memory."""
+"""Several processes share few cores: none may spin on all of them."""
 
 QUIET_ENVIRONMENT: Mapping[str, str] = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """Local models only: nothing is reported, nothing is looked up."""
