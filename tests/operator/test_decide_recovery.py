@@ -31,7 +31,7 @@ BORROW = Recovery(
     kind=RecoveryKind.BORROW,
     stages=(1,),
     reason=LossReason.RESET,
-    served_by=(StageId(instance=1, stage=1),),
+    served_by=(StageId(instance=0, stage=0), StageId(instance=1, stage=1)),
     detected_at=NOW,
     resumed_at=NOW + timedelta(milliseconds=87),
     phases_ms={"fence": 2.0, "stitch": 5.0, "rollBack": 10.0, "resume": 70.0, "total": 87.4},
@@ -100,6 +100,12 @@ class TestABorrowedStage:
         world = with_engine(healthy_world(), 0, borrowed(0, 1, donor=1, recoveries=(unfinished,)))
         assert events(world) == []
         assert events(with_engine(settled(world), 0, borrowed(0, 1, donor=1, recoveries=(BORROW,)))) == ["Borrowed"]
+
+    def test_without_a_donor_is_announced_as_what_it_was(self) -> None:
+        alone = BORROW.model_copy(update={"served_by": (StageId(instance=0, stage=1),)})
+        world = with_engine(healthy_world(), 0, engine_state(0, recoveries=(alone,)))
+        assert events(world) == ["StageReturned"]
+        assert status_of(world).recoveries[0].donor is None
 
 
 class TestAStageThatComesBack:

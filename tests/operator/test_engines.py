@@ -113,7 +113,7 @@ def test_an_engine_tells_its_state() -> None:
 
 
 def test_a_wrong_token_is_no_contact() -> None:
-    assert view_after(Stand(), ask, ask, ask, token="wrong").contact is Contact.SILENT
+    assert view_after(Stand(), ask, ask, ask, ask, token="wrong").contact is Contact.SILENT
 
 
 def test_one_missed_answer_is_not_silence() -> None:
@@ -122,9 +122,9 @@ def test_one_missed_answer_is_not_silence() -> None:
     assert (view.contact, view.state) == (Contact.ANSWERS, stand.state)
 
 
-def test_three_are() -> None:
+def test_four_are() -> None:
     stand = Stand()
-    view = view_after(stand, ask, becomes(stand, status=500), ask, ask, ask)
+    view = view_after(stand, ask, becomes(stand, status=500), ask, ask, ask, ask)
     assert (view.contact, view.state) == (Contact.SILENT, None)
 
 
@@ -173,15 +173,21 @@ def test_a_real_token_is_proof() -> None:
 
 
 def test_no_token_is_no_proof() -> None:
-    view = view_after(Stand(tokens=0), ask, verify)
+    view = view_after(Stand(tokens=0), ask, *5 * [verify])
     assert view.verified is None
     assert "gave 0 tokens" in view.verify_error
 
 
 def test_an_error_is_no_proof() -> None:
     stand = Stand()
-    view = view_after(stand, ask, becomes(stand, status=500), verify)
+    view = view_after(stand, ask, becomes(stand, status=500), *5 * [verify])
     assert "500 no" in view.verify_error
+
+
+def test_an_api_that_does_not_listen_yet_is_no_trouble() -> None:
+    stand = Stand()
+    view = view_after(stand, ask, becomes(stand, status=500), verify)
+    assert (view.verified, view.verify_error) == (None, None)
 
 
 @pytest.mark.parametrize(

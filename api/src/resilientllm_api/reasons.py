@@ -65,7 +65,7 @@ class Reason(StrEnum):
 
 
 class EventReason(StrEnum):
-    """Reasons of events; one event a transition."""
+    """Reasons of events; one event a transition. What a person must mend has the condition's reason."""
 
     INSTANCE_READY = "InstanceReady"
     """An instance serves on its own stages, and a real token was seen."""
@@ -75,7 +75,7 @@ class EventReason(StrEnum):
     """A stage is lost and no donor can stand in."""
     BORROWED = "Borrowed"
     """A donor stands in for a lost stage."""
+    STAGE_RETURNED = "StageReturned"
+    """A lost stage came back, and nobody else had stood in."""
     SWAPPED_BACK = "SwappedBack"
     """The instance's own stage is back in its place."""
-    NEEDS_ATTENTION = "NeedsAttention"
-    """Something that waiting does not mend; the note says what and what to do."""

@@ -40,15 +40,17 @@ def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterat
             continue
         places = ", ".join(f"{each.instance}.{stage}" for stage in each.stages)
         if each.kind is RecoveryKind.SWAP_BACK:
-            yield Announce(EventReason.SWAPPED_BACK, f"Instance {each.instance} runs on its own stage {places} again.")
-        else:
-            yield Announce(
-                EventReason.BORROWED,
-                f"Stage {places} was lost ({each.reason or 'reason unknown'}); {each.donor or 'a donor'} stands in. "
-                f"It took {each.took or 'an unknown time'}; {each.requests_affected} running requests went on, "
-                f"{each.tokens_recomputed} tokens were computed again.",
-                warning=True,
-            )
+            note = f"Instance {each.instance} runs on its own stage {places} again."
+            yield Announce(EventReason.SWAPPED_BACK, note)
+            continue
+        who = f"{each.donor} stands in" if each.donor else "its own process came back, nobody else stood in"
+        yield Announce(
+            EventReason.BORROWED if each.donor else EventReason.STAGE_RETURNED,
+            f"Stage {places} was lost ({each.reason or 'reason unknown'}); {who}. It took "
+            f"{each.took or 'an unknown time'}; {each.requests_affected} running requests were affected, "
+            f"{each.tokens_recomputed} tokens were computed again.",
+            warning=True,
+        )
 
 
 def _instance(before: InstanceStatus | None, after: InstanceStatus) -> Iterator[Announce]:

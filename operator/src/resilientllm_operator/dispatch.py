@@ -34,7 +34,7 @@ from resilientllm_operator.world import Refusal
 
 logger = logging.getLogger(__name__)
 
-VERIFY_AGAIN_SECONDS = 2.0
+VERIFY_AGAIN_SECONDS = 1.0
 PUBLISH_AGAIN_SECONDS = 3.0
 """An engine that starts takes its plan at once, and reports it when its scheduler runs."""
 _REFUSED = {400, 403, 422}
@@ -168,8 +168,8 @@ class Dispatcher:
             return
 
         async def verify() -> None:
-            await engines.verify(EngineAddress(action.pod_uid, action.ip), action.incarnation, action.served_name)
-            if engines.views.get(action.pod_uid) and engines.views[action.pod_uid].verify_error:
+            engine = EngineAddress(action.pod_uid, action.ip)
+            if not await engines.verify(engine, action.incarnation, action.served_name):
                 await asyncio.sleep(VERIFY_AGAIN_SECONDS)
 
         self._verifications[action.pod_uid] = asyncio.create_task(verify())

@@ -18,11 +18,13 @@ from resilientllm_operator.world import Contact, EngineView
 
 logger = logging.getLogger(__name__)
 
-_ASK_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
+_ASK_TIMEOUT = aiohttp.ClientTimeout(total=1.5)
 _VERIFY_TIMEOUT = aiohttp.ClientTimeout(total=60.0)
 """The first token may have to wait for kernels to be compiled."""
-_SILENCE = 3
+_SILENCE = 4
 """So many unanswered questions in a row: a busy machine may miss one, and that is no reason to stop serving."""
+_PATIENCE = 5
+"""So many failed verifications in a row are trouble: an engine may say that it serves before its API listens."""
 
 
 class EngineError(Exception):
@@ -55,6 +57,7 @@ class Engines:
         self._authorization = {"Authorization": f"Bearer {token}"}
         self._views: dict[str, EngineView] = {}
         self._unanswered: dict[str, int] = {}
+        self._unproven: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -74,6 +77,7 @@ class Engines:
         wanted = set(uids)
         self._views = {uid: self._views.get(uid, EngineView(verified=verified.get(uid))) for uid in wanted}
         self._unanswered = {uid: count for uid, count in self._unanswered.items() if uid in wanted}
+        self._unproven = {uid: count for uid, count in self._unproven.items() if uid in wanted}
 
     async def ask(self, engine: EngineAddress) -> None:
         """Asks one engine for its state and remembers the answer, or that there was none."""
@@ -110,14 +114,18 @@ class Engines:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(f"engine {engine.ip} did not take plan {plan.version}: {_words(error)}") from error
 
-    async def verify(self, engine: EngineAddress, incarnation: str, model: str) -> None:
+    async def verify(self, engine: EngineAddress, incarnation: str, model: str) -> bool:
         """Asks for one real token, and remembers whether it came."""
         try:
             await self._one_token(engine, model)
         except (aiohttp.ClientError, TimeoutError, ValueError, EngineError) as error:
-            self._update(engine.uid, verified=None, verify_error=_words(error))
-        else:
-            self._update(engine.uid, verified=incarnation, verify_error=None)
+            self._unproven[engine.uid] = self._unproven.get(engine.uid, 0) + 1
+            trouble = _words(error) if self._unproven[engine.uid] >= _PATIENCE else None
+            self._update(engine.uid, verified=None, verify_error=trouble)
+            return False
+        self._unproven.pop(engine.uid, None)
+        self._update(engine.uid, verified=incarnation, verify_error=None)
+        return True
 
     async def _one_token(self, engine: EngineAddress, model: str) -> None:
         body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}

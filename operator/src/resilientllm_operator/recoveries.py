@@ -41,7 +41,7 @@ def _record(instance: int, recovery: Recovery) -> RecoveryStatus:
         kind=recovery.kind,
         stages=recovery.stages,
         reason=recovery.reason,
-        donor=", ".join(map(str, recovery.served_by)) or None,
+        donor=_donors(instance, recovery),
         detected_at=recovery.detected_at,
         resumed_at=recovery.resumed_at,
         phases={phase: round(ms, 3) for phase, ms in recovery.phases_ms.items()},
@@ -49,6 +49,12 @@ def _record(instance: int, recovery: Recovery) -> RecoveryStatus:
         requests_affected=recovery.requests,
         tokens_recomputed=recovery.tokens_recomputed,
     )
+
+
+def _donors(instance: int, recovery: Recovery) -> str | None:
+    """Who stood in, if it was somebody else: a lost stage may also come back before a donor is needed."""
+    donors = [each for each in recovery.served_by if each.stage in recovery.stages and each.instance != instance]
+    return ", ".join(map(str, donors)) or None
 
 
 def _restored(record: RecoveryStatus, records: list[RecoveryStatus]) -> RecoveryStatus:
