@@ -47,6 +47,10 @@ class CallFailed(Exception):
     """The stage answered that it cannot do it, or went away before it answered."""
 
 
+class StageGone(CallFailed):
+    """The stage went away before it answered; the same call may succeed when it is back."""
+
+
 @dataclass(frozen=True)
 class Connected:
     channel: Channel
@@ -152,7 +156,7 @@ class Channel:
         with self._lock:
             self._calls[number] = future
         if not self.send(make(number)):
-            self._settle(number, CallFailed(f"stage {self.id} is not connected"))
+            self._settle(number, StageGone(f"stage {self.id} is not connected"))
         return future
 
     def silent_seconds(self, now: float) -> float:
@@ -187,7 +191,7 @@ class Channel:
             with self._lock:
                 calls = list(self._calls)
             for number in calls:
-                self._settle(number, CallFailed(f"stage {self.id} went away: {detail}"))
+                self._settle(number, StageGone(f"stage {self.id} went away: {detail}"))
             if was_connected and not self._closed.is_set():
                 reason, why = self._loss
                 self._loss = (LossReason.RESET, "")

@@ -36,6 +36,7 @@ from resilientllm_worker.engine.channel import (
     LinkReported,
     Lost,
     Misfit,
+    StageGone,
     StepRefused,
 )
 from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, is_home
@@ -191,11 +192,16 @@ class Pipeline:
             return [self._channels[ref.id] for ref in self._plan.stages]
 
     def _call_own(self, make: Callable[[int], Callable[[int], Message]]) -> list[Any]:
-        futures = [channel.call(make(stage)) for stage, channel in enumerate(self._own_channels())]
-        try:
-            return [future.result(ALLOCATE_SECONDS) for future in futures]
-        except CallFailed as error:
-            raise AttachFailed(str(error)) from error
+        """Call all own stages at once; again if one goes away meanwhile, since it comes back."""
+        while True:
+            futures = [channel.call(make(stage)) for stage, channel in enumerate(self._own_channels())]
+            try:
+                return [future.result(ALLOCATE_SECONDS) for future in futures]
+            except StageGone as error:
+                logger.warning("while attaching: %s", error)
+                self.wait_connected()
+            except (CallFailed, TimeoutError) as error:
+                raise AttachFailed(str(error) or f"a stage did not answer in {ALLOCATE_SECONDS:.0f} s") from error
 
     def _missing_own(self) -> list[StageId]:
         if self._plan is None:
