@@ -14,7 +14,6 @@ from typing import Any
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -27,7 +26,8 @@ PROMPT = [(7 + 13 * place) % 256 for place in range(2 * BLOCK)]
 BEFORE, AFTER = BLOCK + 8, 80
 """Three full blocks and a part of a fourth."""
 BLOCKS = 3
-LONG_PROMPTS = [[5], list(range(40, 80)), [97] * 64, [(3 * i * i) % 256 for i in range(30)]]
+LONG_PROMPTS = [[5], list(range(40, 80)), [97, 98, 99, 98] * 16, [(3 * i * i) % 256 for i in range(30)]]
+"""Not one token over and over: where all values are the same, no attention can tell its steps apart."""
 LONG = 300
 
 
@@ -43,6 +43,7 @@ def main(model: str) -> None:
         max_num_seqs=64,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
+        kv_cache_memory_bytes=128 * 2**20,
     )
     print(json.dumps({"long": long_outputs(llm), **spoiled_outputs(llm.llm_engine)}))
 
