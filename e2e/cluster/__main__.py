@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .choose import PROVIDERS, provider
 from .errors import ClusterError
+from .kind_smoke import kind_smoke
 from .launch import REPOSITORY
 from .machine_files import default_mounts
 from .provider import Cluster, Provider
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     pids = command("pids", _pids, "print this machine's pids of a container's processes, the main one first")
     for part in ("namespace", "pod", "container"):
         pids.add_argument(part)
+    command("kind-smoke", _kind_smoke, "show that the kind provider works, with a Docker of our own if there is none")
     faults: tuple[tuple[str, Callable[[Cluster, str], None], str], ...] = (
         ("kill-node", lambda cluster, node: cluster.kill_node(node), "cut a node's power"),
         ("start-node", lambda cluster, node: cluster.start_node(node), "switch a killed node on again"),
@@ -131,6 +133,11 @@ def _forward(provider: Provider, chosen: argparse.Namespace) -> int:
 
 def _pids(provider: Provider, chosen: argparse.Namespace) -> int:
     print(*provider.existing().container_pids(chosen.namespace, chosen.pod, chosen.container))
+    return 0
+
+
+def _kind_smoke(provider: Provider, chosen: argparse.Namespace) -> int:
+    kind_smoke()
     return 0
 
 

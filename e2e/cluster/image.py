@@ -74,7 +74,7 @@ def thin_root(mounts: Sequence[Path]) -> dict[str, Entry]:
     for mount in mounts:
         place = str(PurePosixPath(mount)).lstrip("/")
         entries[place] = Folder() if mount.is_dir() else File(b"")
-    return _with_parents(entries)
+    return with_parents(entries)
 
 
 def write_thin_image(
@@ -98,36 +98,47 @@ def write_thin_image(
         "Entrypoint": list(entrypoint),
         "WorkingDir": working_dir,
     }
-    write_archive(archive, ref, thin_root(mounts), config)
+    write_archive(archive, Image(ref, thin_root(mounts), config))
 
 
-def write_pause_image(archive: Path, pause: Path) -> None:
+def pause_image(pause: Path, ref: str = PAUSE_REF) -> Image:
     """The image of the process that holds a pod's namespaces."""
-    root: dict[str, Entry] = {"pause": File(pause.read_bytes(), mode=0o755)}
-    write_archive(archive, PAUSE_REF, root, {"Entrypoint": ["/pause"], "User": "65535:65535"})
+    root = {"pause": File(pause.read_bytes(), mode=0o755)}
+    return Image(ref, root, {"Entrypoint": ["/pause"], "User": "65535:65535"})
 
 
-def write_archive(archive: Path, ref: str, root: Mapping[str, Entry], config: Mapping[str, object]) -> None:
-    """Write a single-layer image. The same input gives the same bytes, hence the same image id."""
-    layer = layer_tar(root)
-    content = json.dumps(
-        {
-            "architecture": architecture(),
-            "os": "linux",
-            "created": "1970-01-01T00:00:00Z",
-            "config": dict(config),
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
-        },
-        sort_keys=True,
-    ).encode()
-    config_name = f"{hashlib.sha256(content).hexdigest()}.json"
-    layer_name = f"{hashlib.sha256(layer).hexdigest()}/layer.tar"
-    manifest = [{"Config": config_name, "RepoTags": [ref], "Layers": [layer_name]}]
-    parts: dict[str, Entry] = {
-        config_name: File(content),
-        layer_name: File(layer),
-        "manifest.json": File(json.dumps(manifest).encode()),
-    }
+@dataclass(frozen=True)
+class Image:
+    """One image of an archive: a single layer, and how its container starts."""
+
+    ref: str
+    root: Mapping[str, Entry]
+    config: Mapping[str, object]
+
+
+def write_archive(archive: Path, *images: Image) -> None:
+    """Write images into one archive, equal layers once. The same input gives the same bytes."""
+    manifest = []
+    parts: dict[str, Entry] = {}
+    layers = {id(image.root): layer_tar(image.root) for image in images}
+    for image in images:
+        layer = layers[id(image.root)]
+        digest = hashlib.sha256(layer).hexdigest()
+        content = json.dumps(
+            {
+                "architecture": architecture(),
+                "os": "linux",
+                "created": "1970-01-01T00:00:00Z",
+                "config": dict(image.config),
+                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+            },
+            sort_keys=True,
+        ).encode()
+        config_name = f"{hashlib.sha256(content).hexdigest()}.json"
+        layer_name = f"{digest}/layer.tar"
+        manifest.append({"Config": config_name, "RepoTags": [image.ref], "Layers": [layer_name]})
+        parts |= {config_name: File(content), layer_name: File(layer)}
+    parts["manifest.json"] = File(json.dumps(manifest).encode())
     archive.write_bytes(layer_tar(parts))
 
 
@@ -163,7 +174,8 @@ def _add(tar: tarfile.TarFile, name: str, entry: Entry) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def _with_parents(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def with_parents(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries with the folders above them, open to all."""
     # An explicit parent matters: /root must be open to all in the image, as it is not on the machine.
     complete = dict(entries)
     for name in entries:

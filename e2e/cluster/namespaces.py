@@ -17,7 +17,7 @@ from pathlib import Path
 from . import build, cgroups, faults, launch, machine_files, network, node, packages, pki
 from .commands import run, wait_until
 from .errors import ClusterError
-from .image import write_pause_image, write_thin_image
+from .image import pause_image, write_archive, write_thin_image
 from .layout import API_PORT, DEFAULT_ROOT, Layout, NodePlan, node_names, prefix_of
 from .provider import HostPort
 from .supervisor import ready_folder
@@ -247,7 +247,7 @@ def running_container_id(pod: dict[str, object], container: str) -> str:
 
 def _make(layout: Layout, listener: socket.socket) -> None:
     layout.images.mkdir()
-    write_pause_image(layout.images / "pause.tar", layout.binaries / "pause")
+    write_archive(layout.images / "pause.tar", pause_image(layout.binaries / "pause"))
     machine_files.write_base_spec(layout.base_spec, layout.mounts)
     pki.make(layout)
     network.make_fabric(layout)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from e2e.cluster.image import NONROOT_ID, Folder, thin_root, write_archive, write_thin_image
+from e2e.cluster.image import NONROOT_ID, File, Folder, Image, thin_root, write_archive, write_thin_image
 
 REF = "resilientllm/worker:dev"
 
@@ -97,7 +97,7 @@ def test_temporary_folder_is_everyones() -> None:
 
 
 def test_parents_come_before_their_children_in_a_layer(tmp_path: Path, machine: Path) -> None:
-    write_archive(tmp_path / "image.tar", REF, thin_root([machine / "checkout"]), {})
+    write_archive(tmp_path / "image.tar", Image(REF, thin_root([machine / "checkout"]), {}))
 
     _, _, layer, _ = read(tmp_path / "image.tar")
 
@@ -105,3 +105,19 @@ def test_parents_come_before_their_children_in_a_layer(tmp_path: Path, machine: 
     for position, name in enumerate(names):
         parent = str(Path(name).parent)
         assert parent == "." or parent in names[:position]
+
+
+def test_images_with_the_same_root_share_its_layer(tmp_path: Path) -> None:
+    root = {"program": File(b"x" * 100_000)}
+    images = [Image(f"resilientllm/{name}:dev", root, {"Entrypoint": [name]}) for name in ("one", "two", "three")]
+
+    write_archive(tmp_path / "image.tar", *images)
+
+    with tarfile.open(tmp_path / "image.tar") as archive:
+        layers = [name for name in archive.getnames() if name.endswith("layer.tar")]
+        manifest = archive.extractfile("manifest.json")
+        assert manifest is not None
+        described = json.loads(manifest.read())
+    assert len(layers) == 1
+    assert [entry["RepoTags"] for entry in described] == [[image.ref] for image in images]
+    assert len({entry["Config"] for entry in described}) == 3
