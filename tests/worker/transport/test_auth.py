@@ -112,7 +112,7 @@ class TestEitherEnd:
         started = time.monotonic()
         with pytest.raises(AuthenticationError, match="deadline passed"):
             authenticate(pair[0], TOKEN, deadline_seconds=0.2)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4
 
     def test_is_not_kept_by_a_peer_that_sends_a_byte_now_and_then(self, pair: Pair, authenticate: Authenticate) -> None:
         ours, theirs = pair
@@ -121,7 +121,7 @@ class TestEitherEnd:
             theirs.sendall(b"R")
             time.sleep(0.05)
         with pytest.raises(AuthenticationError, match="deadline passed"):
-            trying.result(1)
+            trying.result(within_seconds=4)
 
     def test_names_what_it_found_in_place_of_our_protocol(self, pair: Pair, authenticate: Authenticate) -> None:
         pair[1].sendall(b"GET / HTTP/1.1\r\nHost: a-stage-or-so:9000\r\n\r\n")

@@ -347,7 +347,7 @@ class TestDialling:
             started = time.monotonic()
             with pytest.raises(ConnectionFailed, match="deadline passed"):
                 dial(f"127.0.0.1:{server.getsockname()[1]}", TOKEN, 0.3)
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 4
 
     def test_refuses_an_address_without_port(self) -> None:
         with pytest.raises(ValueError, match="expected host:port"):

@@ -12,6 +12,7 @@ from resilientllm_worker.transport.connection import ProtocolError
 from resilientllm_worker.transport.link import LinkClosed, LinkSender
 
 from tests.worker.transport.builders import (
+    PATIENCE_SECONDS,
     STAMP,
     InThread,
     a_step,
@@ -117,7 +118,7 @@ class TestAPeerThatDoesNotRead:
             link = LinkSender(near, losses)
             posted = link.post(an_activation(LARGE), [BODY])
             with pytest.raises(LinkClosed):
-                InThread(posted.wait).result(within_seconds=10)
+                InThread(posted.wait).result(within_seconds=30)
             assert eventually(lambda: len(losses.details) == 1)
             link.close()
 
@@ -171,7 +172,7 @@ class TestALinkThatBreaks:
             peer.close()
             with pytest.raises(LinkClosed):
                 waiting.result()
-            assert closed.wait(5)
+            assert closed.wait(PATIENCE_SECONDS)
 
 
 def test_a_post_on_a_closed_link_does_not_raise_but_waiting_does() -> None:
@@ -200,7 +201,24 @@ def test_closing_leaves_no_thread() -> None:
         link = LinkSender(near)
         link.post(an_activation(LARGE), [BODY])
         link.close()
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("link")]
+        assert eventually(lambda: not [one for one in threading.enumerate() if one.name.startswith("link")])
+
+
+def test_closing_does_not_wait_for_a_report_that_wants_the_closer_s_lock() -> None:
+    lock, reporting, told = threading.Lock(), threading.Event(), threading.Event()
+
+    def on_lost(_: str) -> None:
+        reporting.set()
+        with lock:
+            told.set()
+
+    with half_connected() as (near, peer):
+        link = LinkSender(near, on_lost)
+        with lock:
+            peer.close()
+            assert reporting.wait(PATIENCE_SECONDS)
+            InThread(link.close).result()
+        assert told.wait(PATIENCE_SECONDS)
 
 
 def test_closing_while_posting_and_waiting_never_hangs() -> None:

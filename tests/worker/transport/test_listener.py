@@ -14,7 +14,7 @@ from resilientllm_worker.transport.connection import Connection, ConnectionClose
 from resilientllm_worker.transport.frame import HEADER
 from resilientllm_worker.transport.listener import Listener
 
-from tests.worker.transport.builders import TOKEN, InThread, a_step, eventually, listening, received
+from tests.worker.transport.builders import PATIENCE_SECONDS, TOKEN, InThread, a_step, eventually, listening, received
 
 
 def knock(listener: Listener) -> socket.socket:
@@ -141,7 +141,7 @@ class TestClosing:
         assert eventually(lambda: sum(t.name.startswith("connection") for t in threading.enumerate()) == 2)
         started = time.monotonic()
         listener.close()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8
         with pytest.raises(ConnectionClosed):
             InThread(authenticated.receive).result()
         assert closed_by_peer(stranger)
@@ -168,7 +168,7 @@ class TestClosing:
 
         listener = Listener("127.0.0.1", 0, TOKEN, serve)
         dial(listener.address, TOKEN, 5)
-        assert closed.wait(5)
+        assert closed.wait(PATIENCE_SECONDS)
 
 
 def test_listens_on_ipv6_too() -> None:

@@ -64,8 +64,7 @@ class LinkSender:
         self._end: str | None = None
         """Why no more can be sent."""
         self._writer: threading.Thread | None = None
-        self._watcher = threading.Thread(target=self._watch, name=f"link watch {conn.peer}", daemon=True)
-        self._watcher.start()
+        threading.Thread(target=self._watch, name=f"link watch {conn.peer}", daemon=True).start()
 
     def post(self, header: Activation, buffers: Sequence[Buffer]) -> Posted:
         """Sends an activation behind all earlier ones; never waits for the peer.
@@ -95,16 +94,16 @@ class LinkSender:
         return posted
 
     def close(self) -> None:
-        """Ends the link. Everyone in `Posted.wait` gets `LinkClosed`. Idempotent, from any thread."""
+        """Ends the link. Everyone in `Posted.wait` gets `LinkClosed`. Idempotent, from any thread.
+
+        The link's threads end by themselves. Nobody waits for them here, since one may be in ``on_lost`` and want a
+        lock that the caller of `close` holds.
+        """
         with self._changed:
             if self._end is None:
                 self._end = "the link was closed"
             self._changed.notify_all()
-            threads = (self._watcher, self._writer)
         self._conn.close()
-        for thread in threads:
-            if thread is not None and thread is not threading.current_thread():
-                thread.join()
 
     def _wait(self, posted: Posted) -> None:
         with self._changed:

@@ -43,7 +43,7 @@ class Listener:
         limits: Limits | None = None,
         peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
     ) -> None:
-        """Port 0 takes a free one.
+        """``host`` is an IP address, ``::`` for all of both families; port 0 takes a free one.
 
         Raises:
             OSError: the address cannot be bound.
@@ -61,7 +61,8 @@ class Listener:
         """Not authenticated yet, oldest first."""
         self._connections: dict[threading.Thread, Connection] = {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family, backlog=128)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        self._socket = socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
         self.address = format_address(host, self._socket.getsockname()[1])
         """``host:port``, with the port that was really bound."""
         self._acceptor = threading.Thread(target=self._accept, name=f"accept {self.address}", daemon=True)
