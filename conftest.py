@@ -27,8 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _tier(item: pytest.Item) -> int:
-    if item.get_closest_marker("kind"):
-        return 4
     if item.get_closest_marker("cluster"):
         return 3
     if item.get_closest_marker("engine"):
