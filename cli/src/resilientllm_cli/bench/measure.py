@@ -28,7 +28,9 @@ from resilientllm_cli.streams import OnToken, Stream, connect, model_name, run_s
 
 Say = Callable[[str], None]
 
-RESTART_TIMEOUT_SECONDS = 300.0
+READY_SECONDS = 600.0
+"""Only a bound: eight processes that import vLLM on few cores take minutes."""
+RESTART_TIMEOUT_SECONDS = 600.0
 SERVING = 0
 """The instance that serves the streams, and loses the stages."""
 
@@ -56,17 +58,17 @@ def measure(settings: Settings, say: Say) -> Measured:
     rates: dict[str, list[float]] = {}
     if settings.kills or settings.throughput_runs:
         with LocalCluster(layout) as cluster:
-            cluster.wait_ready()
+            cluster.wait_ready(READY_SECONDS)
             kills = _kill_ours(cluster, settings, say)
             if settings.throughput_runs:
                 with stock() as server:
-                    server.wait_ready()
+                    server.wait_ready(READY_SECONDS)
                     urls = {OURS: cluster.engines[SERVING].url, STOCK: server.url}
                     rates = throughput.measure(urls, settings, say)
     restarts: list[KillRun] = []
     if settings.restarts:
         with stock() as server:
-            server.wait_ready()
+            server.wait_ready(READY_SECONDS)
             restarts = _restart_stock(server, settings, say)
     return Measured(ours=kills, restart=restarts, tokens_per_second=rates)
 
@@ -86,7 +88,7 @@ def _kill_ours(cluster: LocalCluster, settings: Settings, say: Say) -> list[Kill
     undisturbed = _undisturbed(url, settings)
     runs: list[KillRun] = []
     for number, stage in enumerate(victims(settings.kills, settings.stages), start=1):
-        cluster.wait_ready()
+        cluster.wait_ready(READY_SECONDS)
         disturbed = asyncio.run(
             disturb(
                 lambda on_token: run_streams(url, settings.prompts(), settings.sampling, on_token),
@@ -112,7 +114,7 @@ def _restart_stock(server: StockServer, settings: Settings, say: Say) -> list[Ki
     undisturbed = _undisturbed(server.url, settings)
     runs: list[KillRun] = []
     for number, stage in enumerate(victims(settings.restarts, settings.stages), start=1):
-        server.wait_ready()
+        server.wait_ready(READY_SECONDS)
         disturbed = asyncio.run(
             disturb(
                 partial(_stream_with_retries, server.url, settings),

@@ -56,7 +56,7 @@ class StockServer:
     ) -> None:
         self._stack.close()
 
-    def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+    def wait_ready(self, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
         while not self._answers():
             status = self._supervisor.status()[NAME]
