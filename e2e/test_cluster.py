@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from e2e.cluster import namespaces
+from e2e.cluster import namespaces, network
 from e2e.cluster.errors import CommandFailed
 from e2e.cluster.image import NONROOT_ID
 from e2e.cluster.launch import REPOSITORY
+from e2e.cluster.layout import DEFAULT_ROOT, prefix_of
 from e2e.cluster.machine_files import default_mounts
 from e2e.cluster.namespaces import NamespaceCluster, NamespaceProvider
 
@@ -260,3 +263,20 @@ def test_down_leaves_nothing_behind(cluster: NamespaceCluster) -> None:
 
     assert namespaces.left_behind(layout.name, layout.folder) == []
     cluster.down()
+
+
+def test_down_cleans_up_after_an_up_that_was_killed_half_way() -> None:
+    name = f"killed-{os.getpid()}"
+    provider = NamespaceProvider(name)
+    up = subprocess.Popen([sys.executable, "-m", "e2e.cluster", f"--name={name}", "up"], cwd=REPOSITORY)
+    try:
+        eventually(lambda: len(network.namespaces(prefix_of(name))) >= 3, within_seconds=60)
+    finally:
+        up.kill()
+        up.wait()
+        folder = DEFAULT_ROOT / name
+        before = namespaces.left_behind(name, folder)
+        provider.down()
+
+    assert before, "else there was nothing to clean up"
+    assert namespaces.left_behind(name, folder) == []

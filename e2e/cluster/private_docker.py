@@ -28,12 +28,16 @@ _RUNC_WITHOUT_LACKING = """\
 PYTHONPATH={repository} PYTHONDONTWRITEBYTECODE=1 exec {python} -m e2e.cluster.runc "$@"
 """
 
+# Docker and kind make these empty folders where they are missing, and see the machine's own disk.
+_MADE_ON_THE_MACHINE = (Path("/lib/modules"), Path("/opt/containerd"))
+
 
 @contextmanager
 def private_docker(name: str, folder: Path) -> Iterator[Docker]:
     """A daemon that lives as long as the context, with a folder for its data that goes with it."""
     prefix = prefix_of(name)
     programs = _programs()
+    made_by_docker = [path for path in _MADE_ON_THE_MACHINE if not path.exists()]
     folder.mkdir(parents=True)
     network.make_netns(f"{prefix}.docker")
     try:
@@ -66,6 +70,8 @@ def private_docker(name: str, folder: Path) -> Iterator[Docker]:
         cgroups.remove(prefix)
         network.remove_netns(f"{prefix}.docker")
         shutil.rmtree(folder)
+        for path in made_by_docker:
+            _remove_empty(path)
 
 
 def services(folder: Path, programs: Path) -> list[Service]:
@@ -102,6 +108,12 @@ def _unpack(folder: Path) -> None:
     for package in download.iterdir():
         run("dpkg-deb", "--extract", package, folder)
     shutil.rmtree(download)
+
+
+def _remove_empty(top: Path) -> None:
+    for folder, _, _ in os.walk(top, topdown=False):
+        if not any(Path(folder).iterdir()):
+            Path(folder).rmdir()
 
 
 def _socket(folder: Path) -> Path:

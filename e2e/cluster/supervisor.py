@@ -26,6 +26,7 @@ from pathlib import Path
 Probe = Callable[[], bool]
 
 _POLL_SECONDS = 0.05
+_IDLE_POLL_SECONDS = 0.2
 _RESTART_SECONDS = 1.0
 _PROBE_TIMEOUT_SECONDS = 1.0
 
@@ -70,7 +71,8 @@ class Supervisor:
             self._reap()
             for running in self._services:
                 self._step(running)
-            time.sleep(_POLL_SECONDS)
+            all_ready = all(running.state is State.READY for running in self._services)
+            time.sleep(_IDLE_POLL_SECONDS if all_ready else _POLL_SECONDS)
 
     def _step(self, running: _Running) -> None:
         service = running.service
@@ -134,9 +136,9 @@ def hold_folder(folder: Path) -> Path:
 
 def http_ok(url: str, authority: Path | None = None) -> Probe:
     """Whether a GET is answered with 200."""
+    context = ssl.create_default_context(cafile=str(authority)) if authority else None
 
     def probe() -> bool:
-        context = ssl.create_default_context(cafile=str(authority)) if authority else None
         try:
             with urllib.request.urlopen(url, timeout=_PROBE_TIMEOUT_SECONDS, context=context) as answer:
                 return bool(answer.status == 200)
