@@ -216,6 +216,28 @@ def test_service_without_selector_is_reached_through_a_forwarded_port(
     assert answers == ["weights of the model"]
 
 
+def test_broken_gpu_is_seen_in_the_status_of_its_pod(cluster: NamespaceCluster) -> None:
+    (gpu,) = cluster.fake_gpus("node-1", 1)
+    wanting = pod("wants-gpu", "node-1", "-c", "import time; time.sleep(600)")
+    wanting["spec"]["containers"][0]["resources"] = {"limits": {"nvidia.com/gpu": "1"}}
+    apply(cluster, wanting)
+    wait_for_ready_pod(cluster, "wants-gpu")
+    eventually(lambda: gpu_health(cluster, "wants-gpu") == [(gpu, "Healthy")], within_seconds=15)
+
+    cluster.set_gpu_health("node-1", gpu, healthy=False)
+
+    eventually(lambda: gpu_health(cluster, "wants-gpu") == [(gpu, "Unhealthy")], within_seconds=15)
+
+
+def gpu_health(cluster: NamespaceCluster, name: str) -> list[tuple[str, str]]:
+    container = get(cluster, "pod", name)["status"]["containerStatuses"][0]
+    return [
+        (resource["resourceID"], resource["health"])
+        for allocated in container.get("allocatedResourcesStatus", [])
+        for resource in allocated["resources"]
+    ]
+
+
 def test_partitioned_node_is_lost_and_comes_back(cluster: NamespaceCluster) -> None:
     apply(cluster, pod("cut-off", "node-3", "-c", "import time; time.sleep(600)"))
     wait_for_ready_pod(cluster, "cut-off")

@@ -6,6 +6,7 @@ first, and everything made after it carries the cluster's prefix.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -118,6 +119,37 @@ class NamespaceCluster:
     def start_service(self, machine: str, service: str) -> None:
         faults.release_service(self.layout, machine, service)
         self._wait_for_services(faults.folder_of(self.layout, machine), (service,))
+
+    def fake_gpus(self, node_name: str, count: int) -> tuple[str, ...]:
+        """Let a node advertise GPUs as ``nvidia.com/gpu``; their ids. They can be allocated, but not used."""
+        if importlib.util.find_spec("grpc") is None:
+            raise ClusterError(
+                expected="the Python package grpcio", found="none", remedy="use the project's virtual environment"
+            )
+        gpus = tuple(f"gpu-{number}" for number in range(count))
+        self._write_gpus(node_name, dict.fromkeys(gpus, True))
+        advertised = r"--output=jsonpath={.status.allocatable.nvidia\.com/gpu}"
+        wait_until(
+            lambda: self.kubectl("get", "node", node_name, advertised) == str(count),
+            f"{node_name} to advertise {count} GPUs",
+            timeout_seconds=30,
+            where_to_look=[self.layout.node_folder(node_name) / "log" / "gpu-plugin.log"],
+        )
+        return gpus
+
+    def set_gpu_health(self, node_name: str, gpu: str, *, healthy: bool) -> None:
+        """Break or mend a GPU; its pods' ``allocatedResourcesStatus`` follows within a second."""
+        gpus = json.loads(node.gpu_file(self.layout.node_folder(node_name)).read_text())
+        if gpu not in gpus:
+            raise ClusterError(expected="one of " + ", ".join(gpus), found=gpu, remedy="name an existing GPU")
+        self._write_gpus(node_name, {**gpus, gpu: healthy})
+
+    def _write_gpus(self, node_name: str, healthy: Mapping[str, bool]) -> None:
+        file = node.gpu_file(self.layout.node_folder(self.layout.node(node_name).name))
+        # The plugin must never read half of it.
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(dict(healthy)))
+        unfinished.replace(file)
 
     def down(self) -> None:
         remove(self.layout.name, self.layout.folder)

@@ -17,6 +17,7 @@ from .commands import run
 from .control_plane import PROXY_HEALTH, api_server_ready_url, proxy
 from .errors import ClusterError
 from .image import PAUSE_REF
+from .launch import module
 from .layout import Layout, NodePlan
 from .machine import become_machine, shield_sysctls
 from .packages import cni_folder
@@ -24,6 +25,8 @@ from .supervisor import Service, Supervisor, http_ok, socket_accepts
 from .timings import TUNED, Timings
 
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
+
+DEVICE_PLUGINS = Path("/var/lib/kubelet/device-plugins")
 
 # Folders of the machine that a node replaces by its own, where programs cannot be told another path.
 PRIVATE_FOLDERS = ("/var/lib/kubelet", "/var/lib/cni", "/var/log")
@@ -126,7 +129,19 @@ def services(layout: Layout, node: NodePlan) -> list[Service]:
             ready=http_ok(PROXY_HEALTH),
             start_when=api_ready,
         ),
+        # Belongs to the node, so that its GPUs go and come with it.
+        Service(
+            "gpu-plugin",
+            tuple(module("gpu_plugin", DEVICE_PLUGINS, gpu_file(folder))),
+            ready=lambda: True,
+            start_when=lambda: gpu_file(folder).exists() and (DEVICE_PLUGINS / "kubelet.sock").exists(),
+        ),
     ]
+
+
+def gpu_file(folder: Path) -> Path:
+    """The GPUs that a node pretends to have, and their health; without it, the node has none."""
+    return folder / "gpus.json"
 
 
 def import_images(archives: Path, socket_path: str = CONTAINERD_SOCKET) -> None:

@@ -25,8 +25,7 @@ from pathlib import Path
 
 Probe = Callable[[], bool]
 
-_POLL_SECONDS = 0.05
-_IDLE_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 _RESTART_SECONDS = 1.0
 _PROBE_TIMEOUT_SECONDS = 1.0
 
@@ -71,8 +70,7 @@ class Supervisor:
             self._reap()
             for running in self._services:
                 self._step(running)
-            all_ready = all(running.state is State.READY for running in self._services)
-            time.sleep(_IDLE_POLL_SECONDS if all_ready else _POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def _step(self, running: _Running) -> None:
         service = running.service
