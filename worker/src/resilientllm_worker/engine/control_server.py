@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hmac
 import logging
-
 import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,15 +19,16 @@ import uvicorn
 from fastapi import FastAPI, Header, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
-
 from resilientllm_api.engine_state import EnginePhase, EngineState
 from resilientllm_api.plan import Plan
 from resilientllm_api.ports import HEALTH_PATH, PLAN_PATH, STATE_PATH
+
 from resilientllm_worker.seams.launch import BadConfiguration
 
 logger = logging.getLogger(__name__)
 
 MAX_PLAN_BYTES = 1 << 20
+API_PROBE_SECONDS = 0.25
 
 
 class PlanStore:
@@ -39,6 +40,17 @@ class PlanStore:
         self.changed = threading.Condition()
         self.plan = self._load()
         self.state = EngineState(instance=instance, phase=EnginePhase.STARTING, message="starts")
+        """Of EngineCore. What is told outside is `public_state`."""
+        self.api_listens = False
+
+    def public_state(self) -> EngineState:
+        """EngineCore's state; but an engine whose API nobody can reach yet does not serve."""
+        state = self.state
+        if self.api_listens or not state.serving:
+            return state
+        return state.model_copy(
+            update={"phase": EnginePhase.ATTACHING, "serving": False, "message": "waits for its API server to listen"}
+        )
 
     def put(self, plan: Plan) -> str | None:
         """Take a newer plan. Returns why not, if not."""
@@ -51,10 +63,14 @@ class PlanStore:
                 if plan.version == self.plan.version:
                     return None if plan == self.plan else f"version {plan.version} is here with another content"
             self.plan = plan
-            temporary = self._path.with_suffix(".new")
-            temporary.write_text(plan.model_dump_json(by_alias=True))
-            temporary.replace(self._path)
             self.changed.notify_all()
+            try:
+                temporary = self._path.with_suffix(".new")
+                temporary.write_text(plan.model_dump_json(by_alias=True))
+                temporary.replace(self._path)
+            except OSError as error:
+                # The plan counts all the same: the file only spares an engine that restarts the wait for it.
+                logger.error("plan %d could not be kept in %s: %s", plan.version, self._path, error)
         return None
 
     def _load(self) -> Plan | None:
@@ -112,9 +128,12 @@ class ControlSocket:
                 return
 
     def _read_states(self, peer: socket.socket) -> None:
-        with peer, peer.makefile("r", encoding="utf-8") as lines:
-            for line in lines:
-                self._store.state = EngineState.model_validate_json(line)
+        try:
+            with peer, peer.makefile("r", encoding="utf-8") as lines:
+                for line in lines:
+                    self._store.state = EngineState.model_validate_json(line)
+        except (OSError, ValidationError) as error:  # killed in the middle of a line, or with a plan unread
+            logger.debug("EngineCore's control socket: %s", error)
         if self._store.state.phase is not EnginePhase.FAILED:
             self._store.state = self._store.state.model_copy(
                 update={"phase": EnginePhase.STARTING, "serving": False, "message": "EngineCore has gone"}
@@ -136,7 +155,7 @@ def make_app(store: PlanStore, token: bytes) -> FastAPI:
     @app.get(STATE_PATH)
     def state(authorization: Annotated[str | None, Header()] = None) -> Response:
         authorise(authorization)
-        return Response(store.state.model_dump_json(by_alias=True), media_type="application/json")
+        return Response(store.public_state().model_dump_json(by_alias=True), media_type="application/json")
 
     @app.put(PLAN_PATH)
     async def plan(request: Request, authorization: Annotated[str | None, Header()] = None) -> Response:
@@ -168,6 +187,19 @@ def serve(app: FastAPI, host: str, port: int) -> None:
     threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="control", daemon=True).start()
 
 
+def watch_api(store: PlanStore, host: str | None, port: int) -> None:
+    """Note, in a thread of its own, when vLLM's API server in this process accepts connections. It does so to its end."""
+    target = "127.0.0.1" if host in (None, "", "0.0.0.0", "::") else host
+
+    def watch() -> None:
+        while not store.api_listens:
+            try:
+                socket.create_connection((target, port), API_PROBE_SECONDS).close()
+                store.api_listens = True
+            except OSError:
+                time.sleep(API_PROBE_SECONDS)
+
+    threading.Thread(target=watch, name="api-probe", daemon=True).start()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -6,12 +6,14 @@ and scheduler, is its child, as vLLM starts it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
 from pathlib import Path
 
 from resilientllm_api.engine_state import EnginePhase
+
 from resilientllm_worker.engine import environment
 from resilientllm_worker.process import add_common_flags, host_and_port, read_token, run_command
 from resilientllm_worker.seams.launch import BadConfiguration, make_config, make_parser, prepare
@@ -35,7 +37,7 @@ def _run() -> None:
     args = parser.parse_args()
     token = read_token(args.token_file)
 
-    from resilientllm_worker.engine.control_server import ControlSocket, PlanStore, make_app, serve
+    from resilientllm_worker.engine.control_server import ControlSocket, PlanStore, make_app, serve, watch_api
 
     store = PlanStore(args.instance, args.plan_file)
     try:
@@ -53,11 +55,14 @@ def _run() -> None:
     from resilientllm_worker.seams.request_errors import tell_that_retrying_helps
 
     tell_that_retrying_helps()
+    watch_api(store, args.host, args.port)
     try:
         uvloop.run(run_server(args))
     except (SystemExit, KeyboardInterrupt):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise BadConfiguration(f"--port {args.port}: {error.strerror}") from error
         if store.state.phase is EnginePhase.FAILED:
             raise BadConfiguration(store.state.message) from error
         logger.exception("the engine failed")
