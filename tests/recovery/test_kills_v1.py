@@ -1,0 +1,136 @@
+"""kill -9 of stages under vLLM's V1 runner: every stream goes on with the tokens of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.recovery.load import READY_SECONDS, asks, compared, stream_all, undisturbed, with_kill
+from resilientllm_api.engine_state import EnginePhase, EngineState, LossReason, RecoveryKind
+from resilientllm_api.plan import Limits
+from resilientllm_cli.comparison import Tokens
+from resilientllm_cli.local.cluster import LocalCluster, local_cluster
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+WAIT_FOR_DONOR_SECONDS = 6.0
+STAGES = 3
+FLAGS = ("--kv-cache-memory-bytes", str(64 * 2**20), "--max-num-batched-tokens", "512", "--max-model-len", "2048")
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    limits = Limits(wait_for_donor_seconds=WAIT_FOR_DONOR_SECONDS, heartbeat_timeout_seconds=20.0)
+    directory = tmp_path_factory.mktemp("v1")
+    with local_cluster(
+        tiny_model, instances=2, stages=STAGES, directory=directory, runner="v1", extra_flags=FLAGS, limits=limits
+    ) as running:
+        running.wait_ready(READY_SECONDS)
+        yield running
+
+
+@pytest.fixture
+def whole(cluster: LocalCluster) -> LocalCluster:
+    """Every instance on its own stages, whatever the test before did."""
+    cluster.wait_ready(READY_SECONDS)
+    return cluster
+
+
+def state_of(cluster: LocalCluster, instance: int) -> EngineState:
+    state = cluster.engine_state(instance)
+    assert state is not None
+    return state
+
+
+@pytest.mark.parametrize("stage", range(STAGES), ids=["first", "middle", "last"])
+def test_streams_survive_a_stage_killed_in_decode(whole: LocalCluster, stage: int) -> None:
+    wanted = asks(6, tokens=250)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+    before = state_of(whole, 0).recoveries_total
+    (streams,) = with_kill(url, wanted, lambda: whole.kill_stage(0, stage), after_tokens=60)
+    assert compared(expected, streams) == Tokens(delivered=6 * 250)
+    state = state_of(whole, 0)
+    assert state.recoveries_total > before
+    borrow = next(recovery for recovery in reversed(state.recoveries) if recovery.kind is RecoveryKind.BORROW)
+    assert borrow.stages == (stage,)
+    assert borrow.reason in (LossReason.RESET, LossReason.NEIGHBOUR)
+    assert borrow.requests == 6
+    assert borrow.tokens_recomputed > 0
+    assert {"fence", "stitch", "rollBack", "resume", "total"} <= borrow.phases_ms.keys()
+
+
+def test_both_tenants_of_the_donor_get_their_own_tokens(whole: LocalCluster) -> None:
+    mine, theirs = asks(4, tokens=250), asks(4, tokens=250, first=20)
+    urls = [engine.url for engine in whole.engines]
+    expected = [undisturbed(urls[0], mine), undisturbed(urls[1], theirs)]
+    streams, beside = with_kill(
+        urls[0], mine, lambda: whole.kill_stage(0, 1), after_tokens=40, beside=[(urls[1], theirs)]
+    )
+    assert compared(expected[0], streams) == Tokens(delivered=4 * 250)
+    assert compared(expected[1], beside) == Tokens(delivered=4 * 250)
+
+
+def test_prompts_survive_a_stage_killed_in_prefill(whole: LocalCluster) -> None:
+    """Prompts of several chunks, so that most of them have no token yet when the stage dies."""
+    wanted = asks(6, tokens=40, prompt_tokens=1400)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+    (streams,) = with_kill(url, wanted, lambda: whole.kill_stage(0, 2), after_tokens=0)
+    assert compared(expected, streams) == Tokens(delivered=6 * 40)
+
+
+def test_an_idle_instance_recovers_before_it_is_asked(whole: LocalCluster) -> None:
+    wanted = asks(2, tokens=60)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+    whole.kill_stage(0, 0)
+    deadline = time.monotonic() + 10
+    while (state := state_of(whole, 0)).phase is not EnginePhase.DEGRADED:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.05)
+    assert state.serving
+    assert not state.on_own_stages
+    assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=2 * 60)
+
+
+def test_a_returning_stage_is_swapped_in_while_requests_run(whole: LocalCluster) -> None:
+    url = whole.engines[0].url
+    wanted = asks(2, tokens=1500)
+    expected = undisturbed(url, wanted)
+    streams: list[object] = []
+    deadline = time.monotonic() + READY_SECONDS
+    whole.kill_stage(0, 1)
+    while not state_of(whole, 0).on_own_stages:
+        assert time.monotonic() < deadline
+        streams = asyncio.run(stream_all(url, wanted))
+        assert compared(expected, streams) == Tokens(delivered=2 * 1500)  # type: ignore[arg-type]
+    last = state_of(whole, 0).recoveries[-1]
+    assert last.kind is RecoveryKind.SWAP_BACK
+    assert streams, "the stage was back before any request ran"
+
+
+def test_without_a_donor_requests_fail_explicitly_and_service_returns(whole: LocalCluster) -> None:
+    wanted = asks(3, tokens=400)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+
+    def kill_both() -> None:
+        whole.kill_stage(0, 1)
+        whole.kill_stage(1, 1)
+
+    started = time.monotonic()
+    (streams,) = with_kill(url, wanted, kill_both, after_tokens=30)
+    waited = time.monotonic() - started
+    for stream, tokens in zip(streams, expected, strict=True):
+        assert stream.error is not None
+        assert "Send the request again" in stream.error
+        assert stream.tokens == tokens[: len(stream.tokens)], "what came before the error is right"
+    assert waited >= WAIT_FOR_DONOR_SECONDS
+    waiting = state_of(whole, 0)
+    assert waiting.phase in (EnginePhase.WAITING, EnginePhase.DEGRADED, EnginePhase.SERVING)
+    whole.wait_ready(READY_SECONDS)
+    assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=3 * 400)

@@ -1,0 +1,50 @@
+"""kill -9 of stages under vLLM's V2 runner, the default on GPUs, with its kernels interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.recovery.load import READY_SECONDS, asks, compared, undisturbed, with_kill
+from resilientllm_api.plan import Limits
+from resilientllm_cli.comparison import Tokens
+from resilientllm_cli.local.cluster import LocalCluster, local_cluster
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+FLAGS = ("--kv-cache-memory-bytes", str(64 * 2**20), "--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--max-model-len", "512")
+INTERPRETED = Path(__file__).parent.parent / "v2_on_cpu"
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with local_cluster(
+        tiny_model,
+        instances=2,
+        stages=2,
+        directory=tmp_path_factory.mktemp("v2"),
+        runner="v2",
+        extra_flags=FLAGS,
+        env={"PYTHONPATH": str(INTERPRETED)},
+        limits=Limits(heartbeat_timeout_seconds=20.0),
+    ) as running:
+        running.wait_ready(READY_SECONDS)
+        yield running
+
+
+def test_it_is_the_v2_runner_that_runs(cluster: LocalCluster) -> None:
+    assert "Using V2 Model Runner" in cluster.log("stage-0.0")
+
+
+@pytest.mark.parametrize("stage", [0, 1], ids=["first", "last"])
+def test_streams_of_both_tenants_survive(cluster: LocalCluster, stage: int) -> None:
+    cluster.wait_ready(READY_SECONDS)
+    mine, theirs = asks(3, tokens=60), asks(2, tokens=60, first=20)
+    urls = [engine.url for engine in cluster.engines]
+    expected = [undisturbed(urls[0], mine), undisturbed(urls[1], theirs)]
+    streams, beside = with_kill(
+        urls[0], mine, lambda: cluster.kill_stage(0, stage), after_tokens=15, beside=[(urls[1], theirs)]
+    )
+    assert compared(expected[0], streams) == Tokens(delivered=3 * 60)
+    assert compared(expected[1], beside) == Tokens(delivered=2 * 60)
