@@ -12,7 +12,7 @@ from pathlib import Path
 from .commands import run
 from .layout import API_ADDRESS, API_PORT, POD_NETWORK, SERVICE_NETWORK, Layout
 from .supervisor import Service, Supervisor, http_ok
-from .timings import TUNED, Timings
+from .timings import Timings
 
 _ETCD = "http://127.0.0.1:2379"
 _ETCD_PEER = "http://127.0.0.1:2380"
@@ -23,16 +23,21 @@ def api_server_ready_url() -> str:
     return f"https://{API_ADDRESS}:{API_PORT}/readyz"
 
 
-def services(layout: Layout, timings: Timings = TUNED) -> list[Service]:
+def services(layout: Layout) -> list[Service]:
     authority = layout.pki / "ca.crt"
     api_ready = http_ok(api_server_ready_url(), authority)
     return [
         Service("etcd", _etcd(layout), ready=http_ok(f"{_ETCD}/health")),
-        Service("kube-apiserver", _api_server(layout, timings), ready=api_ready, start_when=http_ok(f"{_ETCD}/health")),
+        Service(
+            "kube-apiserver",
+            _api_server(layout, layout.timings),
+            ready=api_ready,
+            start_when=http_ok(f"{_ETCD}/health"),
+        ),
         # Both leave with an error when the API server has not yet made the roles that they need.
         Service(
             "kube-controller-manager",
-            _controller_manager(layout, timings),
+            _controller_manager(layout, layout.timings),
             ready=lambda: True,
             start_when=api_ready,
         ),

@@ -160,11 +160,11 @@ class KindCluster:
         if self._folder.parent == DEFAULT_ROOT and DEFAULT_ROOT.exists() and not any(DEFAULT_ROOT.iterdir()):
             DEFAULT_ROOT.rmdir()
 
-    def create(self, nodes: int, mounts: Sequence[Path]) -> None:
+    def create(self, nodes: int, mounts: Sequence[Path], timings: Timings) -> None:
         self._folder.mkdir(parents=True)
         (self._folder / "mounts.json").write_text(json.dumps([str(mount) for mount in mounts]))
         own_networks = self._write_own_networks(nodes) if self._docker.own_pod_network else []
-        config = cluster_config(nodes, mounts, own_networks)
+        config = cluster_config(nodes, mounts, own_networks, timings)
         image = [f"--image={self._docker.node_image}"] if self._docker.node_image else []
         kind(
             self._docker,
@@ -260,9 +260,9 @@ class KindProvider:
         self._docker = docker or Docker()
         self._cluster = KindCluster(name, (folder or DEFAULT_ROOT / name).resolve(), self._docker)
 
-    def up(self, nodes: int = 3, *, mounts: Sequence[Path] = ()) -> KindCluster:
+    def up(self, nodes: int = 3, *, mounts: Sequence[Path] = (), timings: Timings = TUNED) -> KindCluster:
         _check_docker(self._docker)
-        self._cluster.create(nodes, mounts)
+        self._cluster.create(nodes, mounts, timings)
         return self._cluster
 
     def existing(self) -> KindCluster:

@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from .errors import ClusterError
+from .timings import TUNED, Timings
 
 DEFAULT_ROOT = Path("/var/tmp/resilientllm-e2e")
 
@@ -64,6 +65,7 @@ class Layout:
     node_names: tuple[str, ...]
     host_port: int
     """Port of the host's loopback where the API server answers."""
+    timings: Timings = TUNED
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -160,6 +162,7 @@ class Layout:
             mounts=tuple(Path(mount) for mount in facts["mounts"]),
             node_names=tuple(facts["node_names"]),
             host_port=facts["host_port"],
+            timings=Timings(**facts["timings"]),
         )
 
 

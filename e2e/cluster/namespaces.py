@@ -22,6 +22,7 @@ from .image import pause_image, write_archive, write_thin_image
 from .layout import API_PORT, DEFAULT_ROOT, Layout, NodePlan, node_names, prefix_of
 from .provider import HostPort
 from .supervisor import ready_folder
+from .timings import TUNED, Timings
 
 _START_TIMEOUT_SECONDS = 120.0
 _NODE_SERVICES = ("containerd", "kubelet", "kube-proxy")
@@ -194,7 +195,7 @@ class NamespaceProvider:
         self._name = name
         self._folder = (folder or DEFAULT_ROOT / name).resolve()
 
-    def up(self, nodes: int = 3, *, mounts: Sequence[Path] = ()) -> NamespaceCluster:
+    def up(self, nodes: int = 3, *, mounts: Sequence[Path] = (), timings: Timings = TUNED) -> NamespaceCluster:
         _check_machine()
         packages.install(packages.missing_packages())
         binaries = build.binaries()
@@ -206,6 +207,7 @@ class NamespaceProvider:
             mounts=tuple(mounts),
             node_names=node_names(nodes),
             host_port=listener.getsockname()[1],
+            timings=timings,
         )
         self._claim(layout)
         cluster = NamespaceCluster(layout)

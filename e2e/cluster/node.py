@@ -22,7 +22,6 @@ from .layout import Layout, NodePlan
 from .machine import become_machine, shield_sysctls
 from .packages import cni_folder
 from .supervisor import Service, Supervisor, http_ok, socket_accepts
-from .timings import TUNED, Timings
 
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 
@@ -61,7 +60,7 @@ SystemdCgroup = false
 """
 
 
-def kubelet_config(layout: Layout, node: NodePlan, timings: Timings = TUNED) -> str:
+def kubelet_config(layout: Layout, node: NodePlan) -> str:
     server = layout.pki / pki.kubelet_server(node.name)
     config = {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -94,9 +93,9 @@ def kubelet_config(layout: Layout, node: NodePlan, timings: Timings = TUNED) -> 
             "imagefs.available": "1%",
         },
         "syncFrequency": "10s",
-        "nodeStatusUpdateFrequency": f"{timings.node_status_seconds}s",
-        "nodeLeaseDurationSeconds": timings.node_lease_seconds,
-        "crashLoopBackOff": {"maxContainerRestartPeriod": f"{timings.max_restart_backoff_seconds}s"},
+        "nodeStatusUpdateFrequency": f"{layout.timings.node_status_seconds}s",
+        "nodeLeaseDurationSeconds": layout.timings.node_lease_seconds,
+        "crashLoopBackOff": {"maxContainerRestartPeriod": f"{layout.timings.max_restart_backoff_seconds}s"},
     }
     return json.dumps(config, indent=2)
 

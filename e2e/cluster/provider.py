@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from .timings import TUNED, Timings
+
 
 class HostPort(NamedTuple):
     """Where on this machine something in the cluster can be reached."""
@@ -68,10 +70,11 @@ class Cluster(Protocol):
 class Provider(Protocol):
     """One way to make clusters on this machine."""
 
-    def up(self, nodes: int = 3, *, mounts: Sequence[Path] = ()) -> Cluster:
+    def up(self, nodes: int = 3, *, mounts: Sequence[Path] = (), timings: Timings = TUNED) -> Cluster:
         """Make a cluster; returns when all nodes are Ready and pods can be created.
 
         ``mounts`` are paths of this machine that every container sees, read-only, at the same place.
+        ``timings``: how fast a lost node is noticed.
         """
 
     def existing(self) -> Cluster:

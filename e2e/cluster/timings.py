@@ -22,3 +22,12 @@ class Timings:
 
 
 TUNED = Timings()
+
+PATIENT = Timings(
+    node_status_seconds=10,
+    node_lease_seconds=40,
+    node_monitor_seconds=5,
+    node_grace_seconds=50,
+    toleration_seconds=300,
+)
+"""Upstream's own, but for the restarts: where no node is meant to fail, a busy machine must not look like a dead one."""
