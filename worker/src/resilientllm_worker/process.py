@@ -41,7 +41,9 @@ def read_token(path: Path) -> bytes:
 
 def run_command(program: str, main: Callable[[], None]) -> None:
     """Run ``main`` and end the process as the outside expects: 0 when asked to stop, 2 when a restart cannot help."""
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {program} %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {program} %(levelname)s %(message)s", stream=sys.stderr
+    )
     try:
         main()
     except BadConfiguration as error:

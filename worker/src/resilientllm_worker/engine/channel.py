@@ -17,6 +17,7 @@ from typing import Any
 
 from resilientllm_api.engine_state import LossReason
 from resilientllm_api.plan import StageId, StageRef
+
 from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
     EngineHello,
@@ -51,6 +52,14 @@ class StageGone(CallFailed):
     """The stage went away before it answered; the same call may succeed when it is back."""
 
 
+class CannotLink(CallFailed):
+    """The stage lives, but cannot link to the one at ``place``."""
+
+    def __init__(self, reason: str, place: int) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
 @dataclass(frozen=True)
 class Connected:
     channel: Channel
@@ -59,7 +68,7 @@ class Connected:
 
 @dataclass(frozen=True)
 class Misfit:
-    """The stage answers, but cannot belong to this engine: a configuration error that waiting does not mend."""
+    """The stage was started with other settings than this engine: waiting does not mend it."""
 
     channel: Channel
     detail: str
@@ -106,14 +115,20 @@ class Channel:
     ) -> None:
         self.ref = ref
         self.has_kv = False
+        """Its KV cache is allocated. Written by this channel's own thread only."""
         self.welcome: StageWelcome | None = None
+        self.trouble = ""
+        """Why a stage that answers cannot be used, for people."""
         self._instance = instance
         self._digest = digest
         self._token = token
-        self._interval = heartbeat_interval_seconds
+        self.heartbeat_interval_seconds = heartbeat_interval_seconds
         self._on_event = on_event
         self._on_result = on_result
         self._connection: Connection | None = None
+        """Greeted, and of use."""
+        self._dialled: Connection | None = None
+        """The same, or one on which the stage has not answered yet."""
         self._calls: dict[int, Future[Any]] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -134,8 +149,10 @@ class Channel:
         self._thread.start()
 
     def close(self) -> None:
-        self._closed.set()
-        if (connection := self._connection) is not None:
+        with self._lock:
+            self._closed.set()
+            connection = self._dialled
+        if connection is not None:
             connection.close()
 
     def send(self, message: Message) -> bool:
@@ -174,12 +191,18 @@ class Channel:
         while not self._closed.is_set():
             try:
                 connection = dial(self.ref.address, self._token, DIAL_SECONDS)
-            except (ConnectionFailed, ConnectionClosed) as error:
+            except (ConnectionFailed, ConnectionClosed, ValueError) as error:
                 logger.debug("stage %s: %s", self.id, error)
+                if isinstance(error, ValueError):
+                    self.trouble = str(error)
                 self._closed.wait(pause)
                 pause = min(2 * pause, LAST_RETRY_SECONDS)
                 continue
             pause = FIRST_RETRY_SECONDS
+            with self._lock:
+                self._dialled = connection
+                if self._closed.is_set():  # `close` came while we dialled, and found nothing to close
+                    connection.close()
             try:
                 detail = self._attend(connection)
             except (ConnectionClosed, ProtocolError) as error:
@@ -200,14 +223,16 @@ class Channel:
 
     def _attend(self, connection: Connection) -> str:
         """Greet the stage and read until it goes. Returns why it went, if it said so."""
-        connection.send(EngineHello(PROTOCOL_VERSION, self._instance, self._digest, self._interval))
+        connection.send(EngineHello(PROTOCOL_VERSION, self._instance, self._digest, self.heartbeat_interval_seconds))
         welcome = connection.receive()
         if not isinstance(welcome, StageWelcome):
             raise ProtocolError(f"expected StageWelcome, got {type(welcome).__name__}")
-        if misfit := self._misfit(welcome):
-            self._on_event(Misfit(self, misfit))
+        before, self.trouble = self.trouble, self._stranger(welcome) or self._misfit(welcome)
+        if self.trouble:
+            if self.trouble != before:  # once, not with every attempt
+                self._tell_trouble(welcome)
             self._closed.wait(LAST_RETRY_SECONDS)
-            return misfit
+            return self.trouble
         self._heard = time.monotonic()
         self.welcome = welcome
         self.has_kv = welcome.home_blocks > 0
@@ -223,8 +248,13 @@ class Channel:
                     if message.has_kv and not self.has_kv:
                         self.has_kv = True
                         self._on_event(Connected(self, welcome))
-                case Stitched() | KVDescription() | KVAllocated():
+                case KVAllocated():
+                    self.has_kv = True
                     self._settle(message.call, message)
+                case Stitched() | KVDescription():
+                    self._settle(message.call, message)
+                case Failed(unreachable=int(place)):
+                    self._settle(message.call, CannotLink(message.reason, place))
                 case Failed():
                     self._settle(message.call, CallFailed(message.reason))
                 case LinkLost():
@@ -237,13 +267,27 @@ class Channel:
                 case _:
                     raise ProtocolError(f"a stage cannot send {type(message).__name__}")
 
+    def _tell_trouble(self, welcome: StageWelcome) -> None:
+        if self._stranger(welcome):
+            logger.error("%s", self.trouble)  # an address that was given to somebody else: a newer plan will say
+        else:
+            self._on_event(Misfit(self, self.trouble))
+
+    def _stranger(self, welcome: StageWelcome) -> str:
+        if (welcome.instance, welcome.stage) == (self.id.instance, self.id.stage):
+            return ""
+        return f"at {self.ref.address} the plan expects stage {self.id}, found stage {welcome.instance}.{welcome.stage}"
+
     def _misfit(self, welcome: StageWelcome) -> str:
         if welcome.protocol != PROTOCOL_VERSION:
-            return f"stage {self.id} speaks protocol {welcome.protocol}, this engine {PROTOCOL_VERSION}: use one image for both"
-        if (welcome.instance, welcome.stage) != (self.id.instance, self.id.stage):
-            return f"at {self.ref.address} the plan expects stage {self.id}, found stage {welcome.instance}.{welcome.stage}"
+            return (
+                f"stage {self.id} speaks protocol {welcome.protocol}, this engine {PROTOCOL_VERSION}: "
+                "use one image for both"
+            )
         if difference := describe_difference(self._digest, welcome.config_digest):
-            return f"stage {self.id} was started with other settings ({difference}): give engine and stages the same flags"
+            return (
+                f"stage {self.id} was started with other settings ({difference}): give engine and stages the same flags"
+            )
         return ""
 
     def _settle(self, number: int, answer: object) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
 from resilientllm_worker.engine import environment, meeting_point
 from resilientllm_worker.engine.control_link import ControlLink
-from resilientllm_worker.engine.pipeline import LOST_STEP, AttachFailed, LostStep, Pipeline
+from resilientllm_worker.engine.pipeline import LOST_STEP, AttachRefused, LostStep, Pipeline
 from resilientllm_worker.protocol.messages import KVDescription, Stamp, Step, StepResult
 from resilientllm_worker.seams.kv_cache_spec import decode_spec
 from resilientllm_worker.seams.launch import config_digest
@@ -42,7 +42,7 @@ class ResilientExecutor(Executor):
         try:
             self._pipeline.wait_connected()
             self._descriptions = self._pipeline.describe_kv()
-        except AttachFailed as error:
+        except AttachRefused as error:
             self._control.report_failure(str(error))
             raise
         meeting_point.introduce(self.vllm_config.instance_id, self._pipeline)
@@ -72,7 +72,7 @@ class ResilientExecutor(Executor):
         try:
             answers = self._pipeline.allocate_kv(self._layout, kv_cache_configs[0].num_blocks, groups)
             self._pipeline.open()
-        except AttachFailed as error:
+        except AttachRefused as error:
             self._control.report_failure(str(error))
             raise
         compilation = self.vllm_config.compilation_config
@@ -138,7 +138,7 @@ class ResilientExecutor(Executor):
                 last = msgspec.structs.replace(last, finished=[*last.finished, *finished])
             return last, last if last.grammar is None else msgspec.structs.replace(last, grammar=None)
 
-        scheduled_under: Stamp = output.resilient_stamp  # type: ignore[attr-defined]  # set by ResilientScheduler
+        scheduled_under: Stamp = output.resilient_stamp  # set by ResilientScheduler
         future = _Decoded(self._pipeline.submit(scheduled_under, make))
         return future if non_block else future.result()
 

@@ -7,6 +7,7 @@ that were in flight. They share `_changed`; nothing slow happens under it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -14,8 +15,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,8 +29,10 @@ from resilientllm_api.engine_state import (
     StageServing,
 )
 from resilientllm_api.plan import Plan, StageId, StageRef
+
 from resilientllm_worker.engine.channel import (
     CallFailed,
+    CannotLink,
     Channel,
     Connected,
     Event,
@@ -61,14 +64,20 @@ TICK_SECONDS = 0.1
 STITCH_SECONDS = 3.0
 ALLOCATE_SECONDS = 600.0
 BAR_SECONDS = 1.0
-"""How long a stage that refused, or whose link broke while it lived, is left alone."""
+"""How long a stage that refused, or whose link broke while it lived, is left alone; twice as long every time after."""
+LONGEST_BAR_SECONDS = 8.0
+FORGIVEN_AFTER_SECONDS = 30.0
 LINK_GRACE_SECONDS = 0.02
 """A dead stage resets its links and its command channel; wait so long for the second before blaming the link."""
 RECOVERIES_KEPT = 10
 
 
 class AttachFailed(Exception):
-    """The instance cannot be put together; the message says what to do."""
+    """The instance could not be put together in time; a new attempt may succeed."""
+
+
+class AttachRefused(AttachFailed):
+    """The instance cannot be put together from what it is given; the message says what to do."""
 
 
 class LostStep:
@@ -99,6 +108,15 @@ class _Recovery:
     stitched: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Bar:
+    """A stage that is left alone."""
+
+    until: float
+    """Monotonic seconds."""
+    seconds: float
+
+
 class Pipeline:
     def __init__(self, instance: int, digest: str, token: bytes) -> None:
         self._instance = instance
@@ -125,7 +143,10 @@ class Pipeline:
         self._load = (0, 0)
         # The conductor's own.
         self._assignment: Assignment = ()
-        self._barred: dict[StageId, float] = {}
+        self._next_tick = time.monotonic()
+        self._barred: dict[StageId, _Bar] = {}
+        self._borrowed: set[Channel] = set()
+        """Donors that may keep a place for us: they were asked to stitch, and not released since."""
         self._allocation: tuple[str, int, dict[int, list[list[str]]]] | None = None
         self._suspects: list[tuple[float, LinkReported]] = []
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
@@ -140,20 +161,27 @@ class Pipeline:
         """Wait for a plan and for all own stages.
 
         Raises:
-            AttachFailed: a stage does not fit, or the plan's ``attachTimeoutSeconds`` have passed.
+            AttachRefused: a stage does not fit.
+            AttachFailed: the plan's ``attachTimeoutSeconds`` have passed.
         """
         started = time.monotonic()
         with self._changed:
             while True:
                 if self._failure:
-                    raise AttachFailed(self._failure)
+                    raise AttachRefused(self._failure)
                 missing = self._missing_own()
                 if self._plan is not None and not missing:
                     break
                 limit = self._plan.limits.attach_timeout_seconds if self._plan else 3600.0
                 if time.monotonic() - started > limit:
-                    raise AttachFailed(f"waited {limit:.0f} s for {', '.join(map(str, missing)) or 'a plan'}")
+                    raise AttachFailed(f"waited {limit:.0f} s; {self._message()}")
                 self._changed.wait(0.2)
+            for channel in (self._channels[ref.id] for ref in self._plan.stages):
+                if channel.welcome is not None and channel.welcome.stages != len(self._plan.stages):
+                    raise AttachRefused(
+                        f"plan {self._plan.version} has {len(self._plan.stages)} stages, but stage {channel.id} was "
+                        f"started as one of {channel.welcome.stages}: correct the plan or --pipeline-parallel-size"
+                    )
             # A term above all that any stage has seen of this instance, also when the clock went backwards.
             seen = [c.welcome.stamp.term for c in self._channels.values() if c.connected and c.welcome is not None]
             self._stamp = Stamp(max([int(time.time()), *(term + 1 for term in seen)]), 0)
@@ -166,8 +194,6 @@ class Pipeline:
         """Agree the KV cache with all own stages, and remember it for stages that come back without."""
         self._allocation = (layout, home_blocks, groups)
         answers = self._call_own(lambda stage: lambda call: AllocateKV(call, layout, home_blocks, groups[stage]))
-        for channel in self._own_channels():
-            channel.has_kv = True
         return [answer for answer in answers if isinstance(answer, KVAllocated)]
 
     def open(self, timeout_seconds: float = 60.0) -> None:
@@ -176,9 +202,11 @@ class Pipeline:
         self._events.put(lambda: None)
         with self._changed:
             if not self._changed.wait_for(lambda: self._stitched or bool(self._failure), timeout_seconds):
-                raise AttachFailed(f"could not stitch the stages of instance {self._instance} in {timeout_seconds:.0f} s")
+                raise AttachFailed(
+                    f"could not stitch the stages of instance {self._instance} in {timeout_seconds:.0f} s"
+                )
             if self._failure:
-                raise AttachFailed(self._failure)
+                raise AttachRefused(self._failure)
 
     def close(self) -> None:
         self._events.put(None)
@@ -200,8 +228,10 @@ class Pipeline:
             except StageGone as error:
                 logger.warning("while attaching: %s", error)
                 self.wait_connected()
-            except (CallFailed, TimeoutError) as error:
-                raise AttachFailed(str(error) or f"a stage did not answer in {ALLOCATE_SECONDS:.0f} s") from error
+            except CallFailed as error:
+                raise AttachRefused(str(error)) from error
+            except TimeoutError as error:
+                raise AttachFailed(f"a stage did not answer in {ALLOCATE_SECONDS:.0f} s") from error
 
     def _missing_own(self) -> list[StageId]:
         if self._plan is None:
@@ -250,7 +280,9 @@ class Pipeline:
             going = self._recovery
             if going is None:
                 return
-            phases = {**going.record.phases_ms, "rollBack": _ms(seconds)}
+            # Twice for one recovery if the engine thread looked while it was going on.
+            before = going.record.phases_ms.get("rollBack", 0.0)
+            phases = {**going.record.phases_ms, "rollBack": before + _ms(seconds)}
             going.record = going.record.model_copy(
                 update={
                     "requests": going.record.requests + requests,
@@ -261,6 +293,11 @@ class Pipeline:
 
     def note_load(self, running: int, waiting: int) -> None:
         self._load = (running, waiting)
+        if running or waiting or self._recovery is None:
+            return
+        with self._changed:
+            if self._recovery is not None and self._stitched:  # nobody is left whose token could end it
+                self._finish_recovery(time.monotonic())
 
     def _on_result(self, result: StepResult) -> None:
         with self._changed:
@@ -322,23 +359,37 @@ class Pipeline:
             return ""
         if self._plan is None:
             return "waits for its plan"
-        missing = ", ".join(map(str, self._missing_own()))
-        return f"waits for stage {missing}" if missing else "stitches its stages"
+        own = [self._channels[ref.id] for ref in self._plan.stages]
+        unusable = [channel for channel in own if channel.trouble or not channel.connected]
+        if not unusable and self._stamp.epoch > 0:
+            unusable = [channel for channel in own if not channel.has_kv]
+        if not unusable:
+            return "stitches its stages"
+        troubles = [channel.trouble for channel in unusable if channel.trouble]
+        return "; ".join([f"waits for stage {', '.join(str(channel.id) for channel in unusable)}", *troubles])
 
     # --- the conductor thread ----------------------------------------------------------------------------------
 
     def _conduct(self) -> None:
-        while True:
+        while (event := self._next_event()) is not None:
             try:
-                event = self._events.get(timeout=TICK_SECONDS)
-            except queue.Empty:
-                self._tick()
-                continue
-            if event is None:
-                return
-            self._take(event)
+                self._take(event)
+            except Exception:
+                # Without this thread no loss is ever noticed again. It decides anew from what it sees, at every tick.
+                logger.exception("the conductor could not handle %s", event)
+
+    def _next_event(self) -> Event | Plan | Callable[[], None] | None:
+        """What to handle next: `_tick` when it is due, also while events never pause. None: stop."""
+        pause = self._next_tick - time.monotonic()
+        if pause > 0:
+            with contextlib.suppress(queue.Empty):
+                return self._events.get(timeout=pause)
+        self._next_tick = time.monotonic() + TICK_SECONDS
+        return self._tick
 
     def _take(self, event: Event | Plan | Callable[[], None]) -> None:
+        if isinstance(event, Event) and self._channels.get(event.channel.id) is not event.channel:
+            return  # of a channel that a newer plan has replaced
         match event:
             case Plan():
                 self._adopt_plan(event)
@@ -366,17 +417,26 @@ class Pipeline:
                 self._settle_topology(None, None, time.monotonic())
 
     def _tick(self) -> None:
+        if self._plan is None:
+            return
         now = time.monotonic()
-        if self._plan is not None:
-            limit = self._plan.limits.heartbeat_timeout_seconds
-            for channel in list(self._channels.values()):
-                if (silent := channel.silent_seconds(now)) > limit:
-                    channel.drop(LossReason.SILENCE, f"nothing heard for {silent:.1f} s")
-        self._settle_topology(None, None, now)
+        for channel in self._channels.values():
+            # A stage keeps the interval that it was greeted with, whatever a newer plan says.
+            limit = max(self._plan.limits.heartbeat_timeout_seconds, 2 * channel.heartbeat_interval_seconds)
+            if (silent := channel.silent_seconds(now)) > limit:
+                channel.drop(LossReason.SILENCE, f"nothing heard for {silent:.1f} s")
 
     def _adopt_plan(self, plan: Plan) -> None:
         with self._changed:
             if self._plan is not None and plan.version <= self._plan.version:
+                return
+            if self._plan is not None and len(plan.stages) != len(self._plan.stages):
+                logger.error(
+                    "plan %d has %d stages, this engine was started for %d: ignored",
+                    plan.version,
+                    len(plan.stages),
+                    len(self._plan.stages),
+                )
                 return
             wanted = {ref.id: ref for ref in (*plan.stages, *(donor for donors in plan.donors for donor in donors))}
             stale = [
@@ -417,11 +477,11 @@ class Pipeline:
         future = channel.call(lambda call: AllocateKV(call, layout, home_blocks, groups[channel.id.stage]))
 
         def allocated(done: Future[Any]) -> None:
-            if (error := done.exception()) is not None:
-                logger.error("stage %s cannot allocate its KV cache: %s", channel.id, error)
-                return
-            channel.has_kv = True
-            self._events.put(lambda: None)
+            if (error := done.exception()) is None:
+                self._events.put(lambda: None)
+            elif not isinstance(error, StageGone):
+                channel.trouble = f"stage {channel.id} cannot allocate its KV cache: {error}"
+                logger.error("%s", channel.trouble)
 
         future.add_done_callback(allocated)
 
@@ -442,29 +502,31 @@ class Pipeline:
         for event in due:
             if event.report.stamp != self._stamp or not self._stitched:
                 continue
-            neighbour = self._assignment[event.report.stage]
+            neighbour = dict(enumerate(self._assignment)).get(event.report.stage)
             if neighbour is not None:
                 logger.warning("link to stage %s is broken: %s", neighbour, event.report.detail)
                 self._bar(neighbour)
                 self._settle_topology(neighbour, LossReason.NEIGHBOUR, event.at)
 
     def _bar(self, stage: StageId) -> None:
-        self._barred[stage] = time.monotonic() + BAR_SECONDS
+        now, last = time.monotonic(), self._barred.get(stage)
+        again = last is not None and now - last.until < FORGIVEN_AFTER_SECONDS
+        seconds = min(2 * last.seconds, LONGEST_BAR_SECONDS) if last is not None and again else BAR_SECONDS
+        self._barred[stage] = _Bar(now + seconds, seconds)
 
     def _settle_topology(self, cause: StageId | None, reason: LossReason | None, at: float) -> None:
         """Bring the pipeline to what `assign` wants; again if a stage fails meanwhile."""
         while self._opened and self._plan is not None:
             now = time.monotonic()
             seen = {
-                name: Sight(channel.connected, channel.has_kv, self._barred.get(name, 0.0))
+                name: Sight(channel.connected, channel.has_kv, bar.until if (bar := self._barred.get(name)) else 0.0)
                 for name, channel in self._channels.items()
             }
             wanted = assign(self._plan, seen, self._assignment, now)
             channels_wanted = tuple(self._channels.get(name) for name in wanted if name is not None)
-            same_stages = self._stitched and wanted == self._assignment
             # The same stage in another incarnation, or at another address, has nothing of ours.
-            same_processes = channels_wanted == self._serving and cause not in wanted
-            if same_stages and (same_processes or reason is None):
+            was_lost = reason is not None and cause in wanted
+            if self._stitched and channels_wanted == self._serving and not was_lost:
                 return
             if not is_complete(wanted):
                 self._suspend(wanted, cause, reason, at)
@@ -473,7 +535,9 @@ class Pipeline:
                 return
             reason = reason or LossReason.SELF
 
-    def _begin(self, wanted: Assignment, reason: LossReason | None, at: float) -> tuple[Stamp, tuple[Channel, ...]]:
+    def _begin(
+        self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float
+    ) -> tuple[Stamp, tuple[Channel, ...]]:
         """Void the topology at hand. From here the engine thread gets `LOST_STEP` for all that was in flight."""
         with self._changed:
             stamp = self._stamp = Stamp(self._stamp.term, self._stamp.epoch + 1)
@@ -483,49 +547,58 @@ class Pipeline:
             if self._stitched or self._incomplete_since == 0.0:
                 self._incomplete_since = at
             self._stitched = False
-            if stamp.epoch > 1 and self._recovery is None:
-                changed = tuple(
-                    place for place, stage in enumerate(wanted) if place >= len(self._assignment) or stage != self._assignment[place]
-                )
-                self._recovery = _Recovery(
-                    Recovery(
-                        id=uuid.uuid4().hex[:12],
-                        kind=RecoveryKind.BORROW if reason is not None else RecoveryKind.SWAP_BACK,
-                        stages=changed,
-                        reason=reason,
-                        detected_at=datetime.now(UTC),
-                    ),
-                    detected=at,
-                )
+            if stamp.epoch > 1:
+                self._record(wanted, cause, reason, at)
         for future in lost:
             future.set_result(LOST_STEP)
         return stamp, before
+
+    def _record(self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float) -> None:
+        """Open the record of this re-stitch, or widen the open one: until a token comes, it is one incident."""
+        changed = {
+            place
+            for place, (old, new) in enumerate(zip(self._assignment, wanted, strict=True))
+            if old != new or (reason is not None and new == cause)
+        }
+        if self._recovery is not None:
+            record = self._recovery.record
+            self._recovery.record = record.model_copy(update={"stages": tuple(sorted(changed | {*record.stages}))})
+            return
+        comes_home = all((stage := wanted[place]) is not None and stage.instance == self._instance for place in changed)
+        record = Recovery(
+            id=uuid.uuid4().hex[:12],
+            kind=RecoveryKind.SWAP_BACK if reason is None and comes_home else RecoveryKind.BORROW,
+            stages=tuple(sorted(changed)),
+            reason=reason,
+            detected_at=datetime.now(UTC),
+        )
+        self._recovery = _Recovery(record, detected=at)
 
     def _suspend(self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float) -> None:
         """No stage can take a place: fence what is left, and wait."""
         if not self._stitched and not is_complete(self._assignment) and self._assignment:
             self._assignment = wanted
             return
-        stamp, before = self._begin(wanted, reason, at)
+        stamp, before = self._begin(wanted, cause, reason, at)
         for channel in before:
             channel.send(Fence(stamp))
+        self._release(stamp, keep=())
         with self._changed:
             self._assignment = wanted
             self._serving = ()
         logger.warning("no donor for stage %s; requests wait", cause)
 
     def _stitch(self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float) -> bool:
-        stamp, before = self._begin(wanted, reason, at)
+        stamp, before = self._begin(wanted, cause, reason, at)
         channels = tuple(self._channels[name] for name in wanted if name is not None)
         for channel in {*before, *channels}:
             channel.send(Fence(stamp))
         fenced = time.monotonic()
+        self._borrowed.update(channel for channel in channels if channel.id.instance != self._instance)
         if (refused := self._call_stitch(stamp, channels)) is not None:
             self._bar(refused)
             return False
-        for channel in before:
-            if channel not in channels and channel.id.instance != self._instance:
-                channel.send(Release(stamp))
+        self._release(stamp, keep=channels)
         stitched = time.monotonic()
         with self._changed:
             waited = self._recovery is not None and not is_complete(self._assignment) and bool(self._assignment)
@@ -552,25 +625,32 @@ class Pipeline:
         logger.info("stitched %s at epoch %d", " → ".join(str(channel.id) for channel in channels), stamp.epoch)
         return True
 
+    def _release(self, stamp: Stamp, keep: tuple[Channel, ...]) -> None:
+        """Give back the places that donors keep for us, those of attempts that failed included."""
+        for channel in self._borrowed.difference(keep):
+            channel.send(Release(stamp))
+        self._borrowed.intersection_update(keep)
+
     def _call_stitch(self, stamp: Stamp, channels: tuple[Channel, ...]) -> StageId | None:
         """Stitch all stages at once. Returns the stage that could not, or None."""
-        futures: dict[StageId, Future[Any]] = {}
+        futures: dict[StageId, Future[Stitched]] = {}
         for place, channel in enumerate(channels):
             following = channels[place + 1].ref.address if place + 1 < len(channels) else None
             futures[channel.id] = channel.call(lambda call, following=following: Stitch(call, stamp, following))  # type: ignore[misc]
-        wait(futures.values(), STITCH_SECONDS)
-        capacity = []
-        for stage, future in futures.items():
+        wait(futures.values(), STITCH_SECONDS, return_when=FIRST_EXCEPTION)
+        if any(isinstance(_error(future), CannotLink) for future in futures.values()):
+            # Of a stage that has just died, its neighbour may know before we do.
+            wait(futures.values(), LINK_GRACE_SECONDS)
+        errors = {stage: error for stage, future in futures.items() if (error := _error(future)) is not None}
+        for stage, error in sorted(errors.items(), key=lambda item: _blame(item[1])):
+            logger.error("stitch: %s", error)
+            return channels[error.place].id if isinstance(error, CannotLink) else stage
+        # Who waits in vain for its successor is not to blame, so look from the end.
+        for stage, future in reversed(futures.items()):
             if not future.done():
                 logger.error("stage %s did not answer to a stitch in %.0f s", stage, STITCH_SECONDS)
                 return stage
-            if (error := future.exception()) is not None:
-                logger.error("stitch: %s", error)
-                return stage
-            answer = future.result()
-            assert isinstance(answer, Stitched)
-            capacity.append(answer.capacity_blocks)
-        self._capacity = min(capacity)
+        self._capacity = min(future.result().capacity_blocks for future in futures.values())
         return None
 
     def _finish_recovery(self, now: float) -> None:
@@ -584,6 +664,16 @@ class Pipeline:
         }
         self._recoveries.append(going.record.model_copy(update={"phases_ms": phases, "resumed_at": datetime.now(UTC)}))
         self._recoveries_total += 1
+
+
+def _error(future: Future[Stitched]) -> BaseException | None:
+    """Why a call failed; None if it did not, or is not done."""
+    return future.exception() if future.done() else None
+
+
+def _blame(error: BaseException) -> int:
+    """Whom to believe first: a stage that has gone is a fact, a link that cannot be made may be its consequence."""
+    return 0 if isinstance(error, StageGone) else 2 if isinstance(error, CannotLink) else 1
 
 
 def _ms(seconds: float) -> float:

@@ -17,6 +17,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from resilientllm_worker.engine.meeting_point import pipeline_of
 from resilientllm_worker.engine.pipeline import Boundary, LostStep
 from resilientllm_worker.protocol.messages import Stamp
+from resilientllm_worker.seams.scheduler_output import unsupported_in_request
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -40,7 +41,7 @@ class ResilientScheduler(Scheduler):
         boundary = self._pipeline.boundary()
         self._stamp: Stamp = boundary.stamp
         self._balloon: list[KVCacheBlock] = []
-        self._rejected = False
+        self._rejected: set[str] = set()
         self._limit(boundary.capacity_blocks)
 
     # --- vLLM's interface --------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ class ResilientScheduler(Scheduler):
         if (problem := _unsupported(request)) is not None:
             logger.error("request %s fails: %s is not supported yet", request.request_id, problem)
             self.grammar_compile_error_reqs.add(request.request_id)
-            self._rejected = True
+            self._rejected.add(request.request_id)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         boundary = self._pipeline.boundary(HOLD_SECONDS)
@@ -59,11 +60,11 @@ class ResilientScheduler(Scheduler):
         if not boundary.stitched:
             self._fail_overdue(boundary.waiting_seconds)
             return SchedulerOutput.make_empty()
-        if self._rejected:
-            self._rejected = False  # a step without them, after which they fail
+        self._rejected &= self.requests.keys()
+        if self._rejected:  # empty steps until they have failed, which happens when a step comes back
             return SchedulerOutput.make_empty()
         output = super().schedule(throttle_prefills)
-        output.resilient_stamp = self._stamp  # type: ignore[attr-defined]
+        output.resilient_stamp = self._stamp
         return output
 
     def update_from_output(
@@ -78,10 +79,14 @@ class ResilientScheduler(Scheduler):
         return outputs
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        held = len(self._balloon)
+        held = self._balloon
         self._deflate()
-        done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
-        self._inflate(held)
+        try:
+            done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        finally:
+            # The same blocks again: a donor has room for no more ids than those that were left over.
+            self.kv_cache_manager.block_pool.touch(held)
+            self._balloon = held
         return done
 
     # --- rolling back ------------------------------------------------------------------------------------------
@@ -139,12 +144,6 @@ class ResilientScheduler(Scheduler):
 
 
 def _unsupported(request: Request) -> str | None:
-    if request.mm_features:
-        return "multimodal input"
-    if request.pooling_params is not None:
-        return "pooling"
-    if request.lora_request is not None:
-        return "LoRA"
-    if request.prompt_embeds is not None:
-        return "a prompt of embeddings"
-    return None
+    if request.resumable:
+        return "streaming input"  # such a session keeps KV blocks while it waits, and cannot be stepped back
+    return unsupported_in_request(request)

@@ -1,4 +1,7 @@
-"""Which stage serves which place: a pure decision over what the engine sees. Level-triggered: ask it after any change."""
+"""Which stage serves which place: a pure decision over what the engine sees.
+
+Level-triggered: ask it after any change.
+"""
 
 from __future__ import annotations
 

@@ -110,6 +110,8 @@ class Failed(_Struct):
 
     call: int
     reason: str
+    unreachable: int | None = None
+    """The place of the stage that could not be linked to, if that is why: it is the suspect, not who answers."""
 
 
 # --- topology -------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ def prepare(args: argparse.Namespace) -> None:
         raise BadConfiguration("--async-scheduling is not supported yet; remove it")
     path = Path(args.model)
     if path.is_absolute() and not (path / "config.json").is_file():
-        raise BadConfiguration(f"model {args.model}: expected a folder with a config.json, found none; correct the path")
+        raise BadConfiguration(
+            f"model {args.model}: expected a folder with a config.json, found none; correct the path"
+        )
     args.api_server_count = None
     args.async_scheduling = False
     args.distributed_executor_backend = _PipelineCapable(EXECUTOR)

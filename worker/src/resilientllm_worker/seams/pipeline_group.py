@@ -79,12 +79,16 @@ class VirtualPipeline:
         finally:
             self._binding = None
 
-    def irecv_tensor_dict(self, all_gather_group: Any = None, **_: Any) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:
+    def irecv_tensor_dict(
+        self, all_gather_group: Any = None, **_: Any
+    ) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:
         if self._binding is None or self._binding.inbound is None:
             raise RuntimeError("the model asked for hidden states, but this step was bound without any")
         return self._binding.inbound, [], []
 
-    def isend_tensor_dict(self, tensors: dict[str, torch.Tensor], all_gather_group: Any = None, **_: Any) -> list[SendHandle]:
+    def isend_tensor_dict(
+        self, tensors: dict[str, torch.Tensor], all_gather_group: Any = None, **_: Any
+    ) -> list[SendHandle]:
         if self._binding is None or self._binding.send is None:
             raise RuntimeError("the model sent hidden states, but this step was bound without a next stage")
         handle = self._binding.send(tensors)
@@ -108,8 +112,10 @@ class VirtualPipeline:
         """Owns nothing: the links belong to the stage server, the process groups to the world."""
 
 
-def install(stage: int, stages: int, tensor_parallel: int, rank: int, init_method: str, backend: str) -> VirtualPipeline:
-    """Make this process's ``torch.distributed`` world of ``tensor_parallel`` ranks, and put a `VirtualPipeline` over it.
+def install(
+    stage: int, stages: int, tensor_parallel: int, rank: int, init_method: str, backend: str
+) -> VirtualPipeline:
+    """Make this process's ``torch.distributed`` world of ``tensor_parallel`` ranks, and a `VirtualPipeline` over it.
 
     Must run under ``set_current_vllm_config`` and before the worker's ``init_device``, which finds the groups made and
     only compares sizes (vllm/distributed/parallel_state.py, ``ensure_model_parallel_initialized``).

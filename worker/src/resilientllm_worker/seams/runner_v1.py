@@ -126,8 +126,8 @@ class RewindableGenerator(torch.Generator):
 def _generator_after(runner: Any, new: NewRequestData, drawn: int) -> torch.Generator | None:
     """The request's generator as it stands after ``drawn`` sampled tokens.
 
-    On CPU, V1 draws one ``randint(0, 2**31, (1,))`` for each sampled token (vllm/v1/sample/ops/topk_topp_sampler.py), and
-    ``randint`` of n advances a generator exactly as n single draws. On CUDA it fills a row of the vocabulary's size.
+    On CPU, V1 draws one ``randint(0, 2**31, (1,))`` for each sampled token (vllm/v1/sample/ops/topk_topp_sampler.py),
+    and ``randint`` of n advances a generator exactly as n single draws. On CUDA it fills a row of logits.
     """
     params = new.sampling_params
     if params is None or params.sampling_type != SamplingType.RANDOM_SEED:

@@ -65,7 +65,9 @@ class TokensFromScheduler:
             return
         slots: list[int] = []
         tokens: list[int] = []
-        for request, computed, new in zip(cached.req_ids, cached.num_computed_tokens, cached.new_token_ids, strict=True):
+        for request, computed, new in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_token_ids, strict=True
+        ):
             slot = states.req_id_to_index[request]
             if computed >= states.prefill_len.np[slot]:
                 slots.append(slot)
@@ -91,7 +93,9 @@ class TokensFromScheduler:
     def relay_aux_hidden_states(self, received: Any, produced: Any) -> Any:
         return produced
 
-    def get_prev_sampled_outputs(self, draft_tokens_to_update: torch.Tensor | None = None) -> dict[str, torch.Tensor] | None:
+    def get_prev_sampled_outputs(
+        self, draft_tokens_to_update: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor] | None:
         offered, self._offered = self._offered, None
         return offered
 

@@ -20,6 +20,7 @@ import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.request import Request
 
 from resilientllm_worker.protocol.messages import CachedRequests, Grammar, NewRequest, Stamp, Step
 from resilientllm_worker.seams.errors import Malformed, Unsupported
@@ -33,7 +34,7 @@ def unsupported(scheduler_output: SchedulerOutput) -> str | None:
     if (found := _unsupported_in_batch(scheduler_output)) is not None:
         return found
     for request in scheduler_output.scheduled_new_reqs:
-        if (found := _unsupported_in_request(request)) is not None:
+        if (found := unsupported_in_request(request)) is not None:
             return f"request {request.req_id}: {found}"
     return None
 
@@ -120,7 +121,8 @@ def _unsupported_in_batch(output: SchedulerOutput) -> str | None:
     return None
 
 
-def _unsupported_in_request(request: NewRequestData) -> str | None:
+def unsupported_in_request(request: NewRequestData | Request) -> str | None:
+    """What of a request our wire cannot carry. Ask when it arrives: once it is in a batch, it is too late to refuse."""
     if request.mm_features:
         return "multimodal features"
     if request.pooling_params is not None or request.sampling_params is None:

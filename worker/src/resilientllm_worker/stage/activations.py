@@ -42,7 +42,9 @@ class Landing:
             if dtype is None:
                 raise BadActivation(f"dtype {tensor.dtype!r} of {tensor.name!r}: expected one of {', '.join(_DTYPES)}")
             if any(side < 0 for side in tensor.shape) or math.prod(tensor.shape) * dtype.itemsize != tensor.nbytes:
-                raise BadActivation(f"{tensor.name!r}: shape {tensor.shape} of {tensor.dtype} is not {tensor.nbytes} bytes")
+                raise BadActivation(
+                    f"{tensor.name!r}: shape {tensor.shape} of {tensor.dtype} is not {tensor.nbytes} bytes"
+                )
             memory = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
             buffers.append(memoryview(memory.numpy()))
             self.tensors[tensor.name] = memory.view(dtype).view(tensor.shape)

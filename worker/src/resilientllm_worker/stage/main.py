@@ -30,20 +30,22 @@ def _run() -> None:
     args = run_nicely(_parse)
     token = read_token(args.token_file)
     report: dict[str, object] = {}
+    health_host, health_port = args.health
     try:
-        health = HealthServer(*args.health, ready=lambda: report or None)
+        health = HealthServer(health_host, health_port, ready=lambda: report or None)
     except OSError as error:
-        raise BadConfiguration(f"--health {args.health[0]}:{args.health[1]}: {error.strerror}") from error
+        raise BadConfiguration(f"--health {health_host}:{health_port}: {error.strerror}") from error
     model, digest = run_nicely(lambda: _load(args))
     model.adopt_thread()
 
     from resilientllm_worker.stage.server import StageServer, listen
 
     server = StageServer(model, args.instance, args.stage, digest, token, args.pool_fraction)
+    host, port = args.listen
     try:
-        listener = listen(server, *args.listen, token)
+        listener = listen(server, host, port, token)
     except OSError as error:
-        raise BadConfiguration(f"--listen {args.listen[0]}:{args.listen[1]}: {error.strerror}") from error
+        raise BadConfiguration(f"--listen {host}:{port}: {error.strerror}") from error
     report.update(
         ready=True,
         instance=args.instance,
@@ -70,8 +72,12 @@ def _parse() -> argparse.Namespace:
     parser = make_parser(PROGRAM, "Serve one pipeline stage. Takes every flag of `vllm serve`, as its engine does.")
     group = add_common_flags(parser)
     group.add_argument("--stage", type=int, required=True, help="place in the pipeline, from 0")
-    group.add_argument("--listen", type=host_and_port, required=True, metavar="HOST:PORT", help="for engines and stages")
-    group.add_argument("--health", type=host_and_port, required=True, metavar="HOST:PORT", help="for /healthz and /readyz")
+    group.add_argument(
+        "--listen", type=host_and_port, required=True, metavar="HOST:PORT", help="for engines and stages"
+    )
+    group.add_argument(
+        "--health", type=host_and_port, required=True, metavar="HOST:PORT", help="for /healthz and /readyz"
+    )
     group.add_argument(
         "--pool-fraction",
         type=float,

@@ -119,7 +119,7 @@ class Model:
         current_platform.update_block_size_for_backend(config)
 
     def adopt_thread(self) -> None:
-        """Call once in the thread that will run steps: the current device belongs to a thread, and `load` had its own."""
+        """Call once in the thread that will run steps: the device belongs to a thread, and `load` had its own."""
         device = self._wrapper.worker.model_runner.device
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
@@ -149,8 +149,9 @@ class Model:
         if self.kv is not None:
             if (self.kv.layout, self.kv.home_blocks, self.kv.groups) != (layout, home_blocks, wanted):
                 raise ValueError(
-                    f"this stage's KV cache was agreed as {self.kv.home_blocks} home blocks in layout {self.kv.layout}, "
-                    f"now asked for {home_blocks} in {layout}; restart the stages of the instance after such a change"
+                    f"this stage's KV cache was agreed as {self.kv.home_blocks} home blocks in layout "
+                    f"{self.kv.layout}, now asked for {home_blocks} in {layout}; "
+                    "restart the stages of the instance after such a change"
                 )
             return self.kv
         self.kv_needs()

@@ -59,11 +59,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LINK_DIAL_SECONDS = 2.0
+LINK_DIAL_SECONDS = 1.0
+"""For the connection, and once more for authentication: less than an engine waits for a stitch."""
+SHORTEST_HEARTBEAT_SECONDS = 0.01
 
 
 class StageServer:
-    def __init__(self, model: Model, instance: int, stage: int, digest: str, token: bytes, pool_fraction: float) -> None:
+    def __init__(
+        self, model: Model, instance: int, stage: int, digest: str, token: bytes, pool_fraction: float
+    ) -> None:
         self._model = model
         self._instance = instance
         self._stage = stage
@@ -152,6 +156,8 @@ class StageServer:
         try:
             result = self._model.run(ours, inbound, send if outbound is not None else None)
         except Malformed as error:
+            with self._changed:
+                self._void_prefixes.update(void)
             _tell(engine, StepFailed(step.stamp, step.step, str(error)))
             return
         finally:
@@ -245,7 +251,13 @@ class StageServer:
             case DescribeKV():
                 needs = self._in_runner(self._model.kv_needs)
                 connection.send(
-                    KVDescription(message.call, [needs.specs], [needs.layouts], [self._home_share(needs.available_bytes)], needs.tasks)
+                    KVDescription(
+                        message.call,
+                        [needs.specs],
+                        [needs.layouts],
+                        [self._home_share(needs.available_bytes)],
+                        needs.tasks,
+                    )
                 )
             case AllocateKV():
                 connection.send(self._allocate(tenant, message))
@@ -257,7 +269,9 @@ class StageServer:
 
     def _allocate(self, tenant: Tenant, message: AllocateKV) -> KVAllocated | Failed:
         if not tenant.is_home:
-            return Failed(message.call, f"stage {self._instance}.{self._stage} takes its KV layout from its own engine only")
+            return Failed(
+                message.call, f"stage {self._instance}.{self._stage} takes its KV layout from its own engine only"
+            )
 
         def allocate() -> KVAllocated:
             block_size = self._model.block_size
@@ -265,7 +279,8 @@ class StageServer:
             if self._pool_fraction > 0:
                 # A guest's longest request must fit, or it would wait for ever.
                 pool = max(
-                    math.ceil(message.home_blocks * self._pool_fraction), math.ceil(self._model.max_model_len / block_size)
+                    math.ceil(message.home_blocks * self._pool_fraction),
+                    math.ceil(self._model.max_model_len / block_size),
                 )
             kv = self._model.allocate(message.layout, message.home_blocks, pool, message.groups)
             return KVAllocated(
@@ -287,8 +302,11 @@ class StageServer:
                 return False
             if stamp == tenant.stamp:
                 return True
+            replaced = tenant.engine if tenant.engine is not engine else None
             closing = tenant.fence(stamp, engine)
             self._void_prefixes.add(tenant.prefix)
+        if replaced is not None:
+            replaced.close()  # its engine would wait for ever for steps that are void now
         for link in closing:
             link.close()
         return True
@@ -306,7 +324,8 @@ class StageServer:
                 connection = dial(message.next_address, self._token, LINK_DIAL_SECONDS)
                 connection.send(LinkHello(PROTOCOL_VERSION, tenant.instance, self._stage, message.stamp, 0))
             except (ConnectionFailed, ConnectionClosed) as error:
-                return Failed(message.call, f"{place} cannot link to the next stage at {message.next_address}: {error}")
+                reason = f"{place} cannot link to the next stage at {message.next_address}: {error}"
+                return Failed(message.call, reason, unreachable=self._stage + 1)
             outbound = LinkSender(
                 connection, lambda detail: self._report_lost(tenant, message.stamp, self._stage + 1, detail)
             )
@@ -380,16 +399,18 @@ class StageServer:
             self._report_lost(tenant, hello.stamp, hello.stage, str(error))
         finally:
             with self._changed:
-                tenant.links.pop(hello.stamp, None)
+                if tenant.links.get(hello.stamp) is connection:
+                    del tenant.links[hello.stamp]
 
     def _report_lost(self, tenant: Tenant, stamp: Stamp, neighbour: int, detail: str) -> None:
+        """Also of a link that breaks before its stitch is done: nothing would tell of it later."""
         with self._changed:
-            engine = tenant.engine if tenant.stamp == stamp and tenant.blocks is not None else None
+            engine = tenant.engine if tenant.stamp == stamp else None
         if engine is not None:
             _tell(engine, LinkLost(stamp, neighbour, detail))
 
     def _beat(self, connection: Connection, interval_seconds: float, gone: threading.Event) -> None:
-        while not gone.wait(interval_seconds):
+        while not gone.wait(max(SHORTEST_HEARTBEAT_SECONDS, interval_seconds)):
             started = self._step_started
             running = time.monotonic() - started if started is not None else 0.0
             if not _tell(connection, Heartbeat(self._steps_done, running, self._model.kv is not None)):
