@@ -58,7 +58,8 @@ def main() -> None:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            said = answer(arguments, self.headers.get("Authorization"))
+            healthy = self.path == "/health"
+            said = {} if healthy else answer(arguments, self.headers.get("Authorization"))
             self.send_response(401 if said is None else 200)
             self.end_headers()
             self.wfile.write(json.dumps(said).encode())
@@ -66,7 +67,8 @@ def main() -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    servers = [arguments.listen, arguments.health] if arguments.control is None else [arguments.control]
+    stage = [arguments.listen, arguments.health]
+    servers = stage if arguments.control is None else [arguments.control, f"127.0.0.1:{arguments.port}"]
     listening = [
         ThreadingHTTPServer((host, int(port)), Handler) for host, port in (server.split(":") for server in servers)
     ]

@@ -72,6 +72,8 @@ class LocalCluster:
         self._ranks: dict[StageId, tuple[int, tuple[int, ...]]] = {}
         """A ready stage's process and its ranks: what one process said does not hold for its successor."""
         self._engine_states: dict[int, EngineState | None] = {}
+        self._answering: dict[int, int] = {}
+        """An engine's process whose API has answered."""
 
     # Life.
 
@@ -222,10 +224,13 @@ class LocalCluster:
                     self._ranks[stage] = (pid, rank_pids)
                     self._supervisor.report_useful(stage_name(stage))
         for instance, engine_at in self.endpoints.engines.items():
-            running = statuses[engine_name(instance)].phase is Phase.RUNNING
-            said = observe.engine_state(engine_at.control_url, self._token) if running else None
+            pid = statuses[engine_name(instance)].pid
+            said = observe.engine_state(engine_at.control_url, self._token) if pid is not None else None
             self._engine_states[instance] = said
-            if said is not None and said.serving:
+            if pid is None or said is None or not said.serving or self._answering.get(instance) == pid:
+                continue
+            if observe.api_answers(engine_at.url):
+                self._answering[instance] = pid
                 self._supervisor.report_useful(engine_name(instance))
 
     def _publish(self) -> LocalState:
@@ -243,6 +248,11 @@ class LocalCluster:
                 statuses,
                 current,
                 dict(self._engine_states),
+                {
+                    instance
+                    for instance, pid in list(self._answering.items())
+                    if statuses[engine_name(instance)].pid == pid
+                },
             )
             before, self._state = self._state, after
             if after != before:

@@ -33,6 +33,15 @@ def engine_state(control_url: str, token: str) -> EngineState | None:
         raise RuntimeError(f"{control_url}{STATE_PATH} answered no EngineState: {error}") from error
 
 
+def api_answers(url: str) -> bool:
+    """vLLM's API server listens after its engine serves."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=TIMEOUT_SECONDS):
+            return True
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 def _get(url: str, headers: dict[str, str]) -> Any:
     request = urllib.request.Request(url, headers=headers)
     try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from resilientllm_api.engine_state import EnginePhase, EngineState
 from resilientllm_api.plan import StageId
 
-from resilientllm_cli.local.layout import Endpoints, engine_name, stage_name
+from resilientllm_cli.local.layout import Endpoints, EngineEndpoints, engine_name, stage_name
 from resilientllm_cli.supervise.supervisor import Phase, Status
 
 
@@ -25,6 +25,7 @@ class EngineEntry:
     """The engine's own word if it answers, else its process's."""
     message: str
     on_own_stages: bool
+    """And clients are served."""
     restarts: int
 
 
@@ -59,10 +60,18 @@ def assemble(
     statuses: Mapping[str, Status],
     rank_pids: Mapping[StageId, tuple[int, ...] | None],
     engine_states: Mapping[int, EngineState | None],
+    answering: Collection[int],
 ) -> LocalState:
-    """``rank_pids``: of the stage's present process; None while that is not ready."""
+    """``rank_pids``: of the stage's present process; None while that is not ready. ``answering``: instances whose API
+    answers, which may take a moment longer than the engine behind it."""
     engines = tuple(
-        _engine_entry(instance, at.url, at.control_url, statuses[engine_name(instance)], engine_states.get(instance))
+        _engine_entry(
+            instance,
+            at,
+            statuses[engine_name(instance)],
+            engine_states.get(instance),
+            instance in answering,
+        )
         for instance, at in endpoints.engines.items()
     )
     stages = tuple(
@@ -76,17 +85,19 @@ def assemble(
     return LocalState(ready, pid, engines, stages)
 
 
-def _engine_entry(instance: int, url: str, control_url: str, status: Status, said: EngineState | None) -> EngineEntry:
+def _engine_entry(
+    instance: int, at: EngineEndpoints, status: Status, said: EngineState | None, answers: bool
+) -> EngineEntry:
     running = status.phase is Phase.RUNNING
     heard = said if running else None
     return EngineEntry(
         instance=instance,
-        url=url,
+        url=at.url,
         pid=status.pid,
-        control_url=control_url,
+        control_url=at.control_url,
         phase=heard.phase if heard else (EnginePhase.STARTING if running else status.phase),
         message=heard.message if heard else "",
-        on_own_stages=heard is not None and heard.serving and heard.on_own_stages,
+        on_own_stages=answers and heard is not None and heard.serving and heard.on_own_stages,
         restarts=status.restarts,
     )
 
