@@ -6,10 +6,9 @@ ServiceAccount's token at every request, because the kubelet renews the file.
 
 from __future__ import annotations
 
-import logging
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,60 @@ from resilientllm_operator.kube import KubeClient
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN = _SERVICE_ACCOUNT / "token"
 
+Login = Callable[[], Any]
+"""Makes a ``kopf.ConnectionInfo`` with fresh credentials."""
 
-def login(settings: kopf.OperatorSettings, logger: Any = None, **_: Any) -> Any:
-    """A ``kopf.ConnectionInfo``. Raises ``kopf.LoginError`` where there are no credentials."""
-    if not _in_cluster():
-        # Through the official client, which also knows the credential plugins of cloud providers.
-        return kopf.login_via_client(settings=settings, logger=logger or logging.getLogger(__name__))
+
+def choose(kubeconfig: Path | None) -> Login:
+    """The way to log in here. Raises ``kopf.LoginError`` where there is none."""
+    if kubeconfig is not None:
+        if not kubeconfig.is_file():
+            raise kopf.LoginError(f"--kubeconfig: expected a kubeconfig file, found none at {kubeconfig}")
+        return lambda: _from_kubeconfig(kubeconfig)
+    if _TOKEN.exists() and "KUBERNETES_SERVICE_HOST" in os.environ:
+        return _from_service_account
+    raise kopf.LoginError("expected to run in a pod with a ServiceAccount, found no token: pass --kubeconfig FILE")
+
+
+def connect(login: Login) -> KubeClient:
+    info = login()
+    tls: ssl.SSLContext | None = info.as_ssl_context() if info.server.startswith("https") else None
+    fixed: Mapping[str, str] = info.as_http_headers()
+
+    def headers() -> Mapping[str, str]:
+        return {"Authorization": f"Bearer {_token()}"} if login is _from_service_account else fixed
+
+    return KubeClient(info.server, tls, headers)
+
+
+def _from_service_account() -> Any:
     # Not kopf's own login: it looks up a name, and the operator should not need the cluster's DNS to work.
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     return kopf.ConnectionInfo(
         server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
         ca_path=str(_SERVICE_ACCOUNT / "ca.crt"),
-        token=_TOKEN.read_text().strip(),
+        token=_token(),
         default_namespace=(_SERVICE_ACCOUNT / "namespace").read_text().strip(),
     )
 
 
-def use_kubeconfig(path: Path) -> None:
-    """Lets :func:`login` read this file."""
-    os.environ["KUBECONFIG"] = str(path)
+def _from_kubeconfig(file: Path) -> Any:
+    """Through the official client, which also runs the credential plugins of cloud providers."""
+    import kubernetes.client  # Slow to import, and not needed in a pod.
+    import kubernetes.config
+
+    config = kubernetes.client.Configuration()
+    kubernetes.config.load_kube_config(config_file=str(file), client_configuration=config)
+    header = config.get_api_key_with_prefix("BearerToken") or config.get_api_key_with_prefix("authorization")
+    return kopf.ConnectionInfo(
+        server=config.host,
+        ca_path=config.ssl_ca_cert,
+        insecure=not config.verify_ssl,
+        token=header.removeprefix("Bearer ") if header else None,
+        certificate_path=config.cert_file,
+        private_key_path=config.key_file,
+    )
 
 
-def connect(settings: kopf.OperatorSettings) -> KubeClient:
-    info = login(settings)
-    if info is None:
-        raise kopf.LoginError("found neither a ServiceAccount nor a kubeconfig: pass --kubeconfig FILE")
-    tls: ssl.SSLContext | None = info.as_ssl_context() if info.server.startswith("https") else None
-    fixed: Mapping[str, str] = info.as_http_headers()
-
-    def headers() -> Mapping[str, str]:
-        return {"Authorization": f"Bearer {_TOKEN.read_text().strip()}"} if _in_cluster() else fixed
-
-    return KubeClient(info.server, tls, headers)
-
-
-def _in_cluster() -> bool:
-    return "KUBECONFIG" not in os.environ and _TOKEN.exists()
+def _token() -> str:
+    return _TOKEN.read_text().strip()

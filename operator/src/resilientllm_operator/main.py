@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from resilientllm_operator.kube import RESOURCES
 logger = logging.getLogger(__name__)
 
 
-def build_registry(namespace: str | None, port: int) -> kopf.OperatorRegistry:
+def build_registry(log_in: login.Login, namespace: str | None, port: int) -> kopf.OperatorRegistry:
     """kopf's handlers. Only ``on.event``: kopf never writes to our objects, neither annotations nor finalizers."""
     registry = kopf.OperatorRegistry()
     stack = AsyncExitStack()
@@ -29,7 +30,7 @@ def build_registry(namespace: str | None, port: int) -> kopf.OperatorRegistry:
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         tune(settings)
         await stack.enter_async_context(telemetry.serve(port))
-        kube = await stack.enter_async_context(login.connect(settings))
+        kube = await stack.enter_async_context(login.connect(log_in))
         controller = Controller(kube, namespace)
         await controller.wait_for_crd()
         task = asyncio.create_task(controller.run(), name="controller")
@@ -40,8 +41,12 @@ def build_registry(namespace: str | None, port: int) -> kopf.OperatorRegistry:
     async def stop(**_: Any) -> None:
         await stack.aclose()
 
-    kopf.on.login(registry=registry)(login.login)
-    kopf.on.startup(registry=registry)(start)
+    def authenticate(**_: Any) -> Any:
+        return log_in()
+
+    kopf.on.login(registry=registry)(authenticate)
+    # A taken port or a missing right does not mend itself in the process: end, and let the kubelet back off.
+    kopf.on.startup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)(start)
     kopf.on.cleanup(registry=registry)(stop)
     for kind in WATCHED:
         api, plural = RESOURCES[kind]
@@ -92,13 +97,13 @@ def main() -> int:
     options = parse_arguments()
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kopf").setLevel("WARNING")
-    if options.kubeconfig is not None:
-        if not options.kubeconfig.is_file():
-            print(f"resilientllm-operator: --kubeconfig: there is no file {options.kubeconfig}")
-            return 2
-        login.use_kubeconfig(options.kubeconfig)
+    try:
+        log_in = login.choose(options.kubeconfig)
+    except kopf.LoginError as error:
+        print(f"resilientllm-operator: error: {error}", file=sys.stderr)
+        return 2
     kopf.run(
-        registry=build_registry(options.namespace, options.port),
+        registry=build_registry(log_in, options.namespace, options.port),
         clusterwide=options.namespace is None,
         namespaces=[options.namespace] if options.namespace else [],
         standalone=True,

@@ -83,8 +83,9 @@ def _held(world: World, hold: HoldStatus | None) -> Iterator[Trouble]:
         yield Trouble(
             Reason.CONFIGURATION_REJECTED,
             f"pod {hold.pod} ({hold.role}) cannot work as configured: {hold.message}. Correct the spec (kubectl -n "
-            f"{namespace} edit rllm {name}) or what it refers to; to try again without a change: kubectl -n "
-            f'{namespace} annotate --overwrite rllm {name} {RETRY_ANNOTATION}="$(date)".',
+            f"{namespace} edit rllm {name}; spec.model and spec.stages cannot change, so for them delete it and apply "
+            f"a corrected one), or what it refers to. To try again without a change: kubectl -n {namespace} annotate "
+            f'--overwrite rllm {name} {RETRY_ANNOTATION}="$(date)".',
         )
 
 

@@ -1,0 +1,341 @@
+"""The CRD and the operator on a real Kubernetes: a real API server, scheduler and kubelet, and the shipped RBAC.
+
+The operator runs here as a process with a token of its ServiceAccount, so it can do just what the shipped
+ClusterRole allows. What needs engines that answer is in ``e2e/test_smoke.py``, where it runs as a pod.
+
+Set ``RESILIENTLLM_TEST_CLUSTER`` to the name of a running cluster (``python -m e2e.cluster --name NAME up``) to use
+that one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from e2e.cluster.errors import CommandFailed
+from e2e.cluster.launch import REPOSITORY
+from e2e.cluster.machine_files import default_mounts
+from e2e.cluster.namespaces import NamespaceProvider
+from e2e.cluster.provider import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+SYSTEM = "resilientllm-system"
+ACCOUNT = "resilientllm-operator"
+NAMESPACE = "operator-test"
+IMAGE = "resilientllm/worker:operator-test"
+BIN = REPOSITORY / ".venv" / "bin"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    existing = os.environ.get("RESILIENTLLM_TEST_CLUSTER")
+    provider = NamespaceProvider(existing or f"operator-{os.getpid()}")
+    try:
+        made: Cluster = provider.existing() if existing else provider.up(1, mounts=default_mounts(REPOSITORY))
+        made.kubectl("apply", "-k", str(REPOSITORY / "manifests" / "base"))
+        # The process under test stands in for the Deployment.
+        made.kubectl("-n", SYSTEM, "scale", "deployment", ACCOUNT, "--replicas=0")
+        made.kubectl("wait", "--for=condition=Established", "crd/resilientllms.resilientllm.dev", "--timeout=30s")
+        made.load_thin_image(
+            IMAGE, entrypoint=[str(BIN / "python")], env={"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin"}
+        )
+        yield made
+    finally:
+        if not existing:
+            provider.down()
+
+
+@pytest.fixture(scope="module")
+def kubeconfig(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operator's own credentials, and nobody else's."""
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
+    token = cluster.kubectl("-n", SYSTEM, "create", "token", ACCOUNT).strip()
+    (user,) = config["users"]
+    user["user"] = {"token": token}
+    file = tmp_path_factory.mktemp("credentials") / "kubeconfig"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.fixture(scope="module")
+def empty_namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace that admits only pods of the strictest kind."""
+    cluster.kubectl("create", "namespace", NAMESPACE)
+    cluster.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    try:
+        yield NAMESPACE
+    finally:
+        cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=true", timeout_seconds=120)
+
+
+@pytest.fixture
+def namespace(cluster: Cluster, empty_namespace: str) -> Iterator[str]:
+    """The namespace; whatever a test leaves there is gone before the next."""
+    yield empty_namespace
+    cluster.kubectl("-n", empty_namespace, "delete", "rllm", "--all", "--wait=true")
+    kinds = "pods,services,endpointslices,secrets"
+    eventually("the garbage collector is done", lambda: not read(cluster, kinds)["items"])
+
+
+@contextmanager
+def operator(kubeconfig: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    arguments = ["--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE, "--port", "0"]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "resilientllm_operator.main", *arguments], stdout=output, stderr=output
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=15) == 0, log.read_text()
+
+
+def manifest(name: str = "tiny", **spec: Any) -> dict[str, Any]:
+    """A valid object; ``None`` takes a field out."""
+    fields = {"image": IMAGE, "model": {"path": "/models/tiny"}, "instances": 2, "stages": 2} | spec
+    return {
+        "apiVersion": "resilientllm.dev/v1alpha1",
+        "kind": "ResilientLLM",
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {key: value for key, value in fields.items() if value is not None},
+    }
+
+
+def apply(cluster: Cluster, obj: dict[str, Any], *options: str) -> str:
+    return cluster.kubectl("apply", "-f", "-", *options, stdin=json.dumps(obj))
+
+
+def refusal(cluster: Cluster, obj: dict[str, Any]) -> str:
+    with pytest.raises(CommandFailed) as caught:
+        apply(cluster, obj, "--dry-run=server")
+    return str(caught.value)
+
+
+def read(cluster: Cluster, what: str, *options: str) -> Any:
+    return json.loads(cluster.kubectl("-n", NAMESPACE, "get", what, *options, "-o", "json"))
+
+
+def eventually(what: str, check: Callable[[], Any], seconds: float = 90.0) -> Any:
+    """The first true answer."""
+    deadline = time.monotonic() + seconds
+    while not (answer := check()):
+        assert time.monotonic() < deadline, f"expected within {seconds} s: {what}"
+        time.sleep(0.3)
+    return answer
+
+
+def ready(cluster: Cluster, name: str = "tiny") -> dict[str, Any]:
+    conditions = read(cluster, f"rllm/{name}").get("status", {}).get("conditions", [])
+    return next((each for each in conditions if each["type"] == "Ready"), {})
+
+
+class TestInvalidObjects:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"instances": 0}, "spec.instances in body should be greater than or equal to 1"),
+            ({"stages": 0}, "spec.stages in body should be greater than or equal to 1"),
+            ({"stages": 65}, "spec.stages in body should be less than or equal to 64"),
+            ({"stages": None}, "spec.stages: Required value"),
+            ({"image": None}, "spec.image: Required value"),
+            ({"model": {}}, "set either model.path (a folder in the pod) or model.name"),
+            ({"model": {"path": "/m", "name": "org/m"}}, "set either model.path (a folder in the pod) or model.name"),
+            ({"model": {"path": "models/tiny"}}, "spec.model.path in body should match"),
+            ({"replication": {"mode": "Ring"}}, "replication.mode Ring is not implemented yet: use None"),
+            ({"replication": {"mode": "Sometimes"}}, 'supported values: "None", "Ring"'),
+            ({"replication": {"poolPercent": 95}}, "should be less than or equal to 90"),
+            ({"recovery": {"waitForDonor": "half an hour"}}, "spec.recovery.waitForDonor in body should match"),
+            (
+                {"recovery": {"heartbeatInterval": "5s", "heartbeatTimeout": "5s"}},
+                "recovery.heartbeatTimeout must be longer than recovery.heartbeatInterval",
+            ),
+            ({"args": ["--pipeline-parallel-size=4"]}, "spec.args must not set what the operator sets itself"),
+            ({"args": ["--tensor_parallel_size", "2"]}, "spec.args must not set what the operator sets itself"),
+            ({"args": ["-tp", "2"]}, "spec.args must not set what the operator sets itself"),
+            ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "Duplicate value"),
+            ({"service": {"port": 70000}}, "should be less than or equal to 65535"),
+            ({"stage": {"resources": {"limits": {"memory": "lots"}}}}, "in body should match"),
+        ],
+    )
+    def test_are_refused_with_a_message(
+        self, cluster: Cluster, namespace: str, changes: dict[str, Any], message: str
+    ) -> None:
+        assert message in refusal(cluster, manifest(**changes))
+
+    @pytest.mark.parametrize("name", ["x" * 41, "1st", "a.b"])
+    def test_names_that_no_pod_can_be_named_after(self, cluster: Cluster, namespace: str, name: str) -> None:
+        assert "the name must have at most 40 characters, begin with a letter" in refusal(cluster, manifest(name))
+
+    @pytest.mark.parametrize(
+        "changes", [{"stages": 3}, {"tensorParallelSize": 2}, {"model": {"path": "/models/other"}}]
+    )
+    def test_what_decides_the_weights_cannot_change(
+        self, cluster: Cluster, namespace: str, changes: dict[str, Any]
+    ) -> None:
+        apply(cluster, manifest())
+        (field,) = changes
+        assert f"spec.{field} cannot change" in refusal(cluster, manifest(**changes))
+
+    def test_flags_of_vllm_pass(self, cluster: Cluster, namespace: str) -> None:
+        apply(cluster, manifest(args=["--max-model-len=64", "--model-impl=vllm", "--stage-nothing"]))
+
+
+class TestObjects:
+    def test_get_defaults(self, cluster: Cluster, namespace: str) -> None:
+        apply(cluster, manifest())
+        spec = read(cluster, "rllm/tiny")["spec"]
+        assert spec["recovery"] == {"waitForDonor": "30s", "heartbeatInterval": "250ms", "heartbeatTimeout": "3s"}
+        assert spec["replication"] == {"mode": "None", "topologyKey": "kubernetes.io/hostname"}
+        assert (spec["tensorParallelSize"], spec["service"]) == (1, {"port": 80})
+
+    def test_are_explained(self, cluster: Cluster) -> None:
+        text = cluster.kubectl("explain", "rllm.spec.recovery.waitForDonor")
+        assert "How long a request waits" in text
+
+
+class TestRights:
+    @pytest.mark.parametrize(
+        ("verb", "resource", "allowed"),
+        [
+            ("create", "pods", "yes"),
+            ("get", "secrets", "yes"),
+            ("list", "secrets", "no"),
+            ("delete", "secrets", "no"),
+            ("update", "resilientllms", "no"),
+            ("patch", "pods", "no"),
+            ("create", "pods/exec", "no"),
+            ("list", "nodes", "no"),
+        ],
+    )
+    def test_are_what_is_needed_and_no_more(self, cluster: Cluster, verb: str, resource: str, allowed: str) -> None:
+        user = f"system:serviceaccount:{SYSTEM}:{ACCOUNT}"
+        try:
+            kind, _, part = resource.partition("/")
+            question = ["auth", "can-i", verb, kind, f"--subresource={part}", f"--as={user}", "-A"]
+            answer = cluster.kubectl(*question).strip()
+        except CommandFailed as refused:  # kubectl says "no" with exit status 1
+            answer = "no" if re.search(r"\bno\b", str(refused)) else str(refused)
+        assert answer == allowed
+
+
+class TestOperator:
+    def test_makes_what_an_object_needs_and_leaves_nothing_behind(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        with operator(kubeconfig, tmp_path / "log"):
+            apply(cluster, manifest(instances=1))
+            pods = eventually("3 pods", lambda: (p := read(cluster, "pods")["items"]) and len(p) == 3 and p)
+            names = sorted(pod["metadata"]["name"].rsplit("-", 1)[0] for pod in pods)
+            assert names == ["tiny-0-engine", "tiny-0-s0", "tiny-0-s1"]
+            service = read(cluster, "service/tiny")
+            assert "selector" not in service["spec"]
+            (port,) = service["spec"]["ports"]
+            assert (port["port"], port["targetPort"]) == (80, 8000)
+            assert len(read(cluster, "secret/tiny-token")["data"]["token"]) >= 64
+            slices = eventually("an EndpointSlice", lambda: read(cluster, "endpointslices")["items"])
+            assert slices[0]["metadata"]["labels"]["kubernetes.io/service-name"] == "tiny"
+            eventually("a status", lambda: ready(cluster))
+            assert "0/1" in cluster.kubectl("-n", NAMESPACE, "get", "rllm")
+
+            cluster.kubectl("-n", NAMESPACE, "delete", "rllm", "tiny")
+            kinds = "pods,services,endpointslices,secrets"
+            eventually("nothing left", lambda: not read(cluster, kinds)["items"])
+
+    def test_comes_back_to_the_same_world(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        def uids() -> set[str]:
+            return {pod["metadata"]["uid"] for pod in read(cluster, "pods")["items"]}
+
+        with operator(kubeconfig, tmp_path / "log") as process:
+            apply(cluster, manifest(image="example.invalid/none:0", imagePullPolicy="Never", instances=1))
+            eventually("3 pods", lambda: len(uids()) == 3)
+            before = uids()
+            process.kill()
+            process.wait()
+            process.returncode = 0  # Killed on purpose; the context manager expects an orderly end.
+        lost = read(cluster, "pods")["items"][0]["metadata"]["name"]
+        cluster.kubectl("-n", NAMESPACE, "delete", "pod", lost, "--wait=true", "--grace-period=0", "--force")
+        with operator(kubeconfig, tmp_path / "log"):
+            eventually("3 pods again", lambda: len(uids()) == 3)
+            assert len(uids() & before) == 2
+
+    def test_says_that_an_image_is_missing(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        with operator(kubeconfig, tmp_path / "log"):
+            apply(cluster, manifest(image="example.invalid/none:0", imagePullPolicy="Never", instances=1))
+            condition = eventually(
+                "ImagePullFailed", lambda: (c := ready(cluster)).get("reason") == "ImagePullFailed" and c
+            )
+            assert "Correct spec.image" in condition["message"]
+            before = {pod["metadata"]["uid"] for pod in read(cluster, "pods")["items"]}
+            time.sleep(3)
+            assert {pod["metadata"]["uid"] for pod in read(cluster, "pods")["items"]} == before
+
+    def test_says_that_there_are_not_enough_nodes(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        too_many = len(cluster.nodes()) + 1
+        with operator(kubeconfig, tmp_path / "log"):
+            apply(cluster, manifest(image="example.invalid/none:0", imagePullPolicy="Never", instances=too_many))
+            wanted = too_many * 3
+            eventually(f"{wanted} pods", lambda: len(read(cluster, "pods")["items"]) == wanted)
+
+            def unschedulable() -> Any:
+                reasons = {each["reason"] for each in read(cluster, "events")["items"] if "reason" in each}
+                return "FailedScheduling" in reasons
+
+            eventually("the scheduler gives up", unschedulable)
+            nodes = {
+                (pod["metadata"]["labels"]["resilientllm.dev/stage"], pod["spec"]["nodeName"])
+                for pod in read(cluster, "pods", "-l", "resilientllm.dev/role=stage")["items"]
+                if "nodeName" in pod["spec"]
+            }
+            assert len(nodes) == 2 * len(cluster.nodes()), "two copies of a stage share a node"
+
+    def test_holds_a_pod_that_cannot_work_as_configured(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        with operator(kubeconfig, tmp_path / "log"):
+            apply(cluster, manifest(model={"path": "/models/there-is-none"}, instances=1, stages=1))
+
+            def held() -> Any:
+                condition = ready(cluster)
+                return condition.get("reason") == "ConfigurationRejected" and condition
+
+            condition = eventually("ConfigurationRejected", held, seconds=300)
+            assert "/models/there-is-none" in condition["message"]
+            eventually(
+                "no pod is left to restart",
+                lambda: not [p for p in read(cluster, "pods")["items"] if "s0" in p["metadata"]["name"]],
+                seconds=120,
+            )
+            reasons = {each["reason"] for each in read(cluster, "events.events.k8s.io")["items"]}
+            assert "ConfigurationRejected" in reasons
+
+    def test_needs_nothing_that_it_may_not_do(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        log = tmp_path / "log"
+        with operator(kubeconfig, log):
+            apply(cluster, manifest(image="example.invalid/none:0", imagePullPolicy="Never", instances=1))
+            eventually("a status", lambda: ready(cluster))
+            cluster.kubectl("-n", NAMESPACE, "delete", "rllm", "tiny")
+            time.sleep(2)
+        text = log.read_text()
+        assert "Forbidden" not in text and "Traceback" not in text, text
