@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from e2e.cluster import namespaces, network
+from e2e.cluster import network
 from e2e.cluster.errors import CommandFailed
 from e2e.cluster.image import NONROOT_ID
 from e2e.cluster.launch import REPOSITORY
 from e2e.cluster.layout import DEFAULT_ROOT, prefix_of
+from e2e.cluster.leftovers import left_behind
 from e2e.cluster.machine_files import default_mounts
 from e2e.cluster.namespaces import NamespaceCluster, NamespaceProvider
 
@@ -278,12 +279,12 @@ def test_stopped_api_server_stays_down_until_it_is_started(cluster: NamespaceClu
 
 def test_down_leaves_nothing_behind(cluster: NamespaceCluster) -> None:
     layout = cluster.layout
-    kinds = {word.split()[0] for word in namespaces.left_behind(layout.name, layout.folder)}
+    kinds = {word.split()[0] for word in left_behind(layout.name, layout.folder)}
     assert kinds == {"process", "control", "network", "mount", "folder"}, "else the next assertion would prove nothing"
 
     cluster.down()
 
-    assert namespaces.left_behind(layout.name, layout.folder) == []
+    assert left_behind(layout.name, layout.folder) == []
     cluster.down()
 
 
@@ -297,8 +298,8 @@ def test_down_cleans_up_after_an_up_that_was_killed_half_way() -> None:
         up.kill()
         up.wait()
         folder = DEFAULT_ROOT / name
-        before = namespaces.left_behind(name, folder)
+        before = left_behind(name, folder)
         provider.down()
 
     assert before, "else there was nothing to clean up"
-    assert namespaces.left_behind(name, folder) == []
+    assert left_behind(name, folder) == []

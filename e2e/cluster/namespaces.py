@@ -6,10 +6,10 @@ first, and everything made after it carries the cluster's prefix.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ from . import build, cgroups, faults, launch, machine_files, network, node, pack
 from .commands import run, wait_until
 from .errors import ClusterError
 from .image import pause_image, write_archive, write_thin_image
-from .layout import API_PORT, DEFAULT_ROOT, Layout, NodePlan, node_names, prefix_of
+from .layout import API_PORT, DEFAULT_ROOT, Layout, NodePlan, node_names
+from .leftovers import left_behind, remove
 from .provider import HostPort
 from .supervisor import ready_folder
 from .timings import TUNED, Timings
@@ -60,7 +61,9 @@ class NamespaceCluster:
         return self.layout.node_names
 
     def load_image(self, archive: Path) -> None:
-        kept = self.layout.images / f"{archive.stem}.tar"
+        # Two archives may have the same name; one name must not push out another's on nodes that come later.
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        kept = self.layout.images / f"{archive.stem}-{digest[:16]}.tar"
         shutil.copyfile(archive, kept)
         self._import(kept)
 
@@ -236,33 +239,6 @@ class NamespaceProvider:
         # The folder holds private keys.
         layout.folder.mkdir(mode=0o755)
         layout.save()
-
-
-def remove(name: str, folder: Path) -> None:
-    """Remove a cluster, or what is left of one: processes, then groups, then networks, then files."""
-    prefix = prefix_of(name)
-    cgroups.kill(prefix)
-    launch.reap()
-    cgroups.remove(prefix)
-    for netns in network.namespaces(prefix):
-        network.remove_netns(netns)
-    if folder.exists():
-        shutil.rmtree(folder)
-    if folder.parent == DEFAULT_ROOT and DEFAULT_ROOT.exists() and not any(DEFAULT_ROOT.iterdir()):
-        DEFAULT_ROOT.rmdir()
-
-
-def left_behind(name: str, folder: Path) -> list[str]:
-    """Everything of a cluster that exists on this machine, in words; empty when it is gone."""
-    prefix = prefix_of(name)
-    found = [f"process {pid}" for pid in cgroups.processes(prefix)]
-    found += [f"control group {path}" for path in (h.path / prefix for h in cgroups.hierarchies()) if path.exists()]
-    found += [f"network namespace {netns}" for netns in network.namespaces(prefix)]
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    found += [f"mount {line.split()[4]}" for line in mounts if re.search(rf"{re.escape(prefix)}\.|{folder}(/| )", line)]
-    if folder.exists():
-        found.append(f"folder {folder}")
-    return found
 
 
 def running_container_id(pod: dict[str, object], container: str) -> str:

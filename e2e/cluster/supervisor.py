@@ -9,6 +9,7 @@ Talking to it takes only files, which anyone can read and write from outside of 
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -16,7 +17,6 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,7 +140,7 @@ def http_ok(url: str, authority: Path | None = None) -> Probe:
         try:
             with urllib.request.urlopen(url, timeout=_PROBE_TIMEOUT_SECONDS, context=context) as answer:
                 return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):
             return False
 
     return probe
