@@ -61,11 +61,18 @@ def test_streams_that_end_too_soon_are_an_error_and_no_sample() -> None:
 
 
 def test_a_run_is_judged_by_gaps_after_the_kill_and_by_every_token() -> None:
-    streams = [stream(0, [0, 1, 2, 5, 6]), stream(1, [0, 9, 10, 11, 12, 13], error="it broke")]
-    judged = judge(1, Disturbed(streams, 4.5), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]], {})
+    streams = [stream(0, [0, 1, 2, 5, 6]), stream(1, [0, 9, 10, 11, 12, 13])]
+    judged = judge(1, Disturbed(streams, 4.5, 20), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]], {})
     assert judged.stalls_seconds == (2, 8)
     assert judged.worst_stall_seconds == 8
     assert judged.tokens == Tokens(delivered=11, lost=1)
+    assert judged.errors == ()
+
+
+def test_a_stream_that_broke_was_stalled_until_the_end() -> None:
+    broken = stream(0, [0, 1, 2, 3], error="it broke")
+    judged = judge(1, Disturbed([broken], killed_at_seconds=3.5, ended_at_seconds=20), [[0, 1, 2, 3, 4]], {})
+    assert judged.stalls_seconds == (16,)
     assert judged.errors == ("it broke",)
 
 

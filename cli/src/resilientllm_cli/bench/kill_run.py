@@ -35,7 +35,8 @@ StreamAll = Callable[[OnToken], Awaitable[list[Stream]]]
 class Disturbed:
     streams: list[Stream]
     killed_at_seconds: float
-    """On the clock of the arrivals."""
+    ended_at_seconds: float
+    """Both on the clock of the arrivals."""
 
 
 async def disturb(stream_all: StreamAll, streams: int, after_tokens: int, kill: Callable[[], object]) -> Disturbed:
@@ -58,7 +59,7 @@ async def disturb(stream_all: StreamAll, streams: int, after_tokens: int, kill: 
     killed_at = time.monotonic()
     # In a thread: the streams must go on being read while the kill is made.
     await asyncio.to_thread(kill)
-    return Disturbed(await running, killed_at)
+    return Disturbed(await running, killed_at, time.monotonic())
 
 
 def judge(
@@ -66,12 +67,16 @@ def judge(
 ) -> KillRun:
     return KillRun(
         stage=stage,
-        stalls_seconds=tuple(
-            stall_seconds(stream.arrivals_seconds, disturbed.killed_at_seconds) for stream in disturbed.streams
-        ),
+        stalls_seconds=tuple(_stall_seconds(stream, disturbed) for stream in disturbed.streams),
         tokens=total(
             compare(expected, stream.tokens) for expected, stream in zip(undisturbed, disturbed.streams, strict=True)
         ),
         errors=tuple(stream.error for stream in disturbed.streams if stream.error),
         phases_ms=phases_ms,
     )
+
+
+def _stall_seconds(stream: Stream, disturbed: Disturbed) -> float:
+    """A stream that never came to its end was stalled for at least as long as it was watched."""
+    arrivals = stream.arrivals_seconds if stream.complete else [*stream.arrivals_seconds, disturbed.ended_at_seconds]
+    return stall_seconds(arrivals, disturbed.killed_at_seconds)
