@@ -296,11 +296,10 @@ class TestOperator:
             wanted = too_many * 3
             eventually(f"{wanted} pods", lambda: len(read(cluster, "pods")["items"]) == wanted)
 
-            def unschedulable() -> Any:
-                reasons = {each["reason"] for each in read(cluster, "events")["items"] if "reason" in each}
-                return "FailedScheduling" in reasons
-
-            eventually("the scheduler gives up", unschedulable)
+            condition = eventually(
+                "Unschedulable", lambda: (c := ready(cluster)).get("reason") == "Unschedulable" and c
+            )
+            assert "add nodes, or ask for fewer instances" in condition["message"]
             nodes = {
                 (pod["metadata"]["labels"]["resilientllm.dev/stage"], pod["spec"]["nodeName"])
                 for pod in read(cluster, "pods", "-l", "resilientllm.dev/role=stage")["items"]

@@ -112,9 +112,9 @@ def _refused(world: World) -> Iterator[Trouble]:
 def _pods(world: World) -> Iterator[Trouble]:
     found = [trouble for pod in world.pods if not pod.leaving if (trouble := pod_trouble(pod, world.object.namespace))]
     order = [
+        Reason.UNSCHEDULABLE,
         Reason.IMAGE_PULL_FAILED,
         Reason.CONTAINER_CANNOT_START,
-        Reason.UNSCHEDULABLE,
         Reason.CONTAINER_CRASHING,
     ]
     yield from sorted(found, key=lambda trouble: (order.index(trouble.reason), trouble.message))
