@@ -241,7 +241,7 @@ def _stage_probes() -> Manifest:
         "startupProbe": _http_probe(STAGE_HEALTH_PORT, HEALTH_PATH, period=2, failures=300),
         "readinessProbe": _http_probe(STAGE_HEALTH_PORT, READY_PATH, period=2, failures=2),
         # A stage that hangs is replaced by a donor within seconds, by its engine; this only cleans up.
-        "livenessProbe": _http_probe(STAGE_HEALTH_PORT, HEALTH_PATH, period=5, failures=6),
+        "livenessProbe": _http_probe(STAGE_HEALTH_PORT, HEALTH_PATH, period=5, failures=12),
     }
 
 
@@ -249,7 +249,7 @@ def _engine_probes() -> Manifest:
     return {
         "startupProbe": _http_probe(ENGINE_CONTROL_PORT, HEALTH_PATH, period=2, failures=300),
         "readinessProbe": _http_probe(ENGINE_API_PORT, "/health", period=2, failures=2),
-        "livenessProbe": _http_probe(ENGINE_CONTROL_PORT, HEALTH_PATH, period=5, failures=6),
+        "livenessProbe": _http_probe(ENGINE_CONTROL_PORT, HEALTH_PATH, period=5, failures=12),
     }
 
 
