@@ -30,4 +30,4 @@ PATIENT = Timings(
     node_grace_seconds=50,
     toleration_seconds=300,
 )
-"""Upstream's own, but for the restarts: where no node is meant to fail, a busy machine must not look like a dead one."""
+"""Upstream's own, restarts aside: where no node is meant to fail, a busy machine must not look like a dead one."""

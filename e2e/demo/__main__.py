@@ -1,0 +1,132 @@
+"""`make demo` and `make demo-down`: python -m e2e.demo up | status | down.
+
+Exit status of ``up``: 0 only if every stream was complete and equal, token by token, to the undisturbed run; 1 if not,
+or if a step failed (the cluster stays for a look); 2 wrong usage; 130 interrupted (the cluster is removed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from e2e.cluster.choose import PROVIDERS, provider
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.launch import REPOSITORY
+
+from . import installation
+from .picture import outcome_table, recovery_table
+from .play import OBJECT, Play, Settings
+from .report import Outcome, document, problems
+from .screen import Screen
+
+NAME = "demo"
+"""Of the cluster."""
+FOLDER = REPOSITORY / "build" / "demo"
+RESULT = REPOSITORY / "build" / "demo.json"
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run: Callable[[argparse.Namespace], int] = chosen.run
+        return run(chosen)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m e2e.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--provider", choices=PROVIDERS, default="namespaces")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    defaults = Settings()
+    up = commands.add_parser("up", help="the whole demo; the cluster stays up afterwards")
+    up.add_argument("--streams", type=int, default=defaults.streams)
+    up.add_argument("--tokens", type=int, default=defaults.tokens, help="of each stream (default: %(default)s)")
+    up.add_argument("--stage", type=int, default=defaults.stage, help="which stage to kill (default: %(default)s)")
+    up.set_defaults(run=_up)
+    commands.add_parser("status", help="what is up").set_defaults(run=_status)
+    commands.add_parser("down", help="remove all that the demo made, but its result").set_defaults(run=_down)
+    return parser
+
+
+def _up(chosen: argparse.Namespace) -> int:
+    maker = provider(chosen.provider, NAME)
+    # A demo starts from nothing, or its time until Ready would be that of an earlier one.
+    maker.down()
+    settings = Settings(streams=chosen.streams, tokens=chosen.tokens, stage=chosen.stage)
+    screen = Screen()
+    try:
+        with screen:
+            outcome = Play(maker, chosen.provider, FOLDER / "models", settings, screen).run()
+    except KeyboardInterrupt:
+        # A second Ctrl-C would leave half a cluster.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("interrupted: removing the cluster", file=sys.stderr)
+        _remove(chosen)
+        return INTERRUPTED
+    except ClusterError:
+        print(_how_to_look(chosen), file=sys.stderr)
+        raise
+    return _tell(outcome, chosen, screen.console)
+
+
+def _tell(outcome: Outcome, chosen: argparse.Namespace, console: Console) -> int:
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(document(outcome), indent=2) + "\n")
+    console.print(outcome_table(outcome))
+    if outcome.recovery is not None:
+        console.print(recovery_table(outcome.kill, outcome.recovery))
+    wrong = list(problems(outcome))
+    for problem in wrong:
+        console.print(f"FAILED: {problem}", markup=False)
+    if not wrong:
+        console.print(f"Every stream is equal to the undisturbed run. Ready after {outcome.ready_seconds:.0f} s.")
+    console.print(f"The figures are in {RESULT.relative_to(REPOSITORY)}.")
+    console.print(_how_to_look(chosen), markup=False)
+    return 1 if wrong else 0
+
+
+def _status(chosen: argparse.Namespace) -> int:
+    cluster = provider(chosen.provider, NAME).existing()
+    print(_how_to_look(chosen))
+    print(cluster.kubectl("get", "nodes"), end="")
+    print(cluster.kubectl("get", "rllm,pods", f"--namespace={installation.NAMESPACE}", "--output=wide"), end="")
+    return 0
+
+
+def _down(chosen: argparse.Namespace) -> int:
+    _remove(chosen)
+    return 0
+
+
+def _remove(chosen: argparse.Namespace) -> None:
+    provider(chosen.provider, NAME).down()
+    if FOLDER.exists():
+        shutil.rmtree(FOLDER)
+
+
+def _how_to_look(chosen: argparse.Namespace) -> str:
+    try:
+        kubeconfig: Path = provider(chosen.provider, NAME).existing().kubeconfig
+    except ClusterError:
+        return "No cluster was left."
+    return (
+        "The cluster is still up. To look at it:\n"
+        f"  export KUBECONFIG={kubeconfig}\n"
+        f"  kubectl get rllm {OBJECT}; kubectl describe rllm {OBJECT}; kubectl get pods -o wide\n"
+        "To remove it: make demo-down"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

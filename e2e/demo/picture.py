@@ -1,0 +1,147 @@
+"""Draws the scene with rich. Pure: the same scene and time give the same picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from resilientllm_api.crd import RecoveryStatus
+from resilientllm_cli.comparison import gaps
+from resilientllm_cli.streams import Stream
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from .observation import Observation, Pod
+from .report import Kill, Outcome, detection_ms
+from .scene import Scene
+
+_SHOWN_CHARACTERS = 32
+_SHOWN_LINES = 6
+_BAR_WIDTH = 24
+_STALLED_SECONDS = 0.25
+
+
+def draw(scene: Scene, now_seconds: float) -> RenderableType:
+    return Panel(Group(*_parts(scene, now_seconds)), title="ResilientLLM: kill -9, and the stream goes on")
+
+
+def _parts(scene: Scene, now_seconds: float) -> Iterator[RenderableType]:
+    yield _steps(scene, now_seconds)
+    if scene.waits_for:
+        yield Text(f"waits: {scene.waits_for}", style="yellow")
+    if scene.seen is not None and scene.seen.pods:
+        yield _pods(scene.seen, scene.kill)
+    if scene.streams:
+        yield _streams(scene, now_seconds)
+    if scene.kill is not None and scene.recovery is not None:
+        yield recovery_table(scene.kill, scene.recovery)
+    for seconds, words in scene.log[-_SHOWN_LINES:]:
+        yield Text(f"{seconds:6.1f} s  {words}", style="dim")
+
+
+def _steps(scene: Scene, now_seconds: float) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for step in scene.steps:
+        if step.seconds is None:
+            table.add_row("…", Text(step.title, style="bold"), f"{now_seconds - step.started:.0f} s")
+        else:
+            table.add_row("✓", Text(step.title), f"{step.seconds:.1f} s")
+    return table
+
+
+def _pods(seen: Observation, kill: Kill | None) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("pod", "node", "state", "restarts", "serves the place"):
+        table.add_column(heading)
+    served_by = {
+        (instance.instance, stage.stage): stage.served_by
+        for instance in seen.status.instances
+        for stage in instance.stages
+    }
+    for pod in seen.pods:
+        killed = kill is not None and pod.name == kill.pod
+        state = Text("ready" if pod.ready else pod.waiting or "starting", style="green" if pod.ready else "yellow")
+        who = served_by.get((pod.instance, pod.stage)) if pod.stage is not None else None
+        table.add_row(
+            Text(pod.place, style="bold red" if killed else ""),
+            pod.node or "-",
+            state,
+            str(pod.restarts),
+            _server(pod, who),
+        )
+    return table
+
+
+def _server(pod: Pod, served_by: str | None) -> Text:
+    if pod.stage is None or served_by is None:
+        return Text("")
+    if served_by == f"{pod.instance}.{pod.stage}":
+        return Text("itself", style="dim")
+    return Text(f"stage {served_by} stands in", style="bold yellow")
+
+
+def _streams(scene: Scene, now_seconds: float) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("stream", "", "tokens", "largest gap", "text"):
+        table.add_column(heading, no_wrap=True)
+    for stream in list(scene.streams):
+        table.add_row(
+            str(stream.index),
+            ProgressBar(total=max(1, scene.tokens_wanted), completed=len(stream.tokens), width=_BAR_WIDTH),
+            f"{len(stream.tokens)}/{scene.tokens_wanted}",
+            _gap(stream, now_seconds),
+            _words(stream),
+        )
+    return table
+
+
+def _gap(stream: Stream, now_seconds: float) -> Text:
+    arrivals = [*stream.arrivals_seconds] if stream.complete else [*stream.arrivals_seconds, now_seconds]
+    seen = gaps(arrivals)
+    largest = max(seen, default=0.0)
+    stalled = bool(seen) and not stream.complete and seen[-1] > _STALLED_SECONDS
+    return Text(f"{largest * 1000:.0f} ms", style="bold red" if stalled else "")
+
+
+def _words(stream: Stream) -> Text:
+    if stream.error:
+        return Text(stream.error[:_SHOWN_CHARACTERS], style="bold red")
+    return Text(stream.text[-_SHOWN_CHARACTERS:], style="cyan")
+
+
+def recovery_table(kill: Kill, recovery: RecoveryStatus) -> Table:
+    """The phases of a recovery, as the engine measured them."""
+    donor = f", {recovery.donor} stood in" if recovery.donor else ""
+    table = Table(
+        title=f"recovery of instance {recovery.instance}: {recovery.reason}{donor}; "
+        f"{recovery.requests_affected} requests, {recovery.tokens_recomputed} tokens computed again",
+        title_justify="left",
+    )
+    table.add_column("phase")
+    table.add_column("ms", justify="right")
+    table.add_row("detect (kill to engine)", f"{detection_ms(kill, recovery):.1f}")
+    for phase, milliseconds in recovery.phases.items():
+        table.add_row(phase, f"{milliseconds:.1f}", style="bold" if phase == "total" else "")
+    return table
+
+
+def outcome_table(outcome: Outcome) -> Table:
+    """What every client got, beside what it should have got."""
+    table = Table(title="every stream, token by token, against the undisturbed run", title_justify="left")
+    for heading in ("stream", "tokens", "lost", "duplicated", "changed", "stall", "equal"):
+        table.add_column(heading, justify="right")
+    rows: Sequence[Stream] = outcome.delivered
+    for stream, tokens, stall in zip(rows, outcome.tokens, outcome.stalls_seconds, strict=True):
+        equal = stream.complete and tokens.unharmed
+        table.add_row(
+            str(stream.index),
+            str(tokens.delivered),
+            str(tokens.lost),
+            str(tokens.duplicated),
+            str(tokens.changed),
+            "over before" if stall is None else f"{stall * 1000:.0f} ms",
+            Text("yes" if equal else "NO", style="green" if equal else "bold red"),
+        )
+    return table
