@@ -30,6 +30,8 @@ from .timings import TUNED, Timings
 
 _CREATE_TIMEOUT_SECONDS = 600.0
 _READY_TIMEOUT_SECONDS = 180.0
+_DOCKER_TIMEOUT_SECONDS = 180.0
+"""Bounds a hang, not a speed: on a busy machine Docker may need a minute to end a container with systemd in it."""
 _MACHINE_FILES = "/machine"
 """Where a node sees this machine's files: over its own /usr they would replace its systemd."""
 _CRI_BASE_SPEC = "/etc/containerd/cri-base.json"
@@ -51,7 +53,7 @@ class Docker:
     netns: Path | None = None
     """Network namespace of a daemon of our own; its loopback is not this machine's."""
 
-    def run(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
+    def run(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = _DOCKER_TIMEOUT_SECONDS) -> str:
         command = [self.program, *arguments]
         return run(*command, stdin=stdin, env=self.full_environment(), timeout_seconds=timeout_seconds)
 

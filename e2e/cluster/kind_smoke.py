@@ -45,7 +45,7 @@ def kind_smoke() -> None:
             with _timed("run a pod on each worker"):
                 for node in cluster.nodes():
                     cluster.kubectl("apply", "--filename=-", stdin=json.dumps(_pod(node)))
-                cluster.kubectl("wait", "--for=condition=Ready", "pod", "--all", "--timeout=60s", timeout_seconds=90)
+                cluster.kubectl("wait", "--for=condition=Ready", "pod", "--all", "--timeout=120s", timeout_seconds=150)
             with _timed("reach a pod from this machine"):
                 _reach(cluster, f"on-{cluster.nodes()[0]}")
             with _timed("partition a worker, and heal it"):
@@ -111,7 +111,7 @@ def _wait_for_readiness(cluster: KindCluster, node: str, wanted: str) -> None:
     wait_until(
         lambda: cluster.kubectl("get", "node", node, f"--output={ready}") == wanted,
         f"{node} to have Ready={wanted}",
-        timeout_seconds=60,
+        timeout_seconds=180,
         poll_seconds=0.5,
     )
 
