@@ -75,6 +75,9 @@ class FakeModel:
     def kv_needs(self) -> KVNeeds:
         return KVNeeds([("layer", b"spec")], ["LBHNC"], 3000, ["generate"])
 
+    def kv_needs_of_ranks(self) -> list[KVNeeds]:
+        return [self.kv_needs()]
+
     def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Collection[Collection[str]]) -> KVCache:
         if self.kv is not None and self.kv.home_blocks != home_blocks:
             raise ValueError("another size was agreed")
@@ -178,9 +181,12 @@ class Engine:
     def release(self, epoch: int, term: int = 1) -> None:
         self.connection.send(Release(Stamp(term, epoch)))
 
-    def ask_stitch(self, epoch: int, following: str | None = None, term: int = 1) -> Stitched | Failed:
+    def begin_stitch(self, epoch: int, following: str | None = None, term: int = 1) -> None:
         self._calls += 1
         self.connection.send(Stitch(self._calls, Stamp(term, epoch), following))
+
+    def ask_stitch(self, epoch: int, following: str | None = None, term: int = 1) -> Stitched | Failed:
+        self.begin_stitch(epoch, following, term)
         return self.expect(object)  # type: ignore[return-value]
 
     def stitch(self, epoch: int, following: str | None = None, term: int = 1) -> Stitched:

@@ -557,7 +557,7 @@ class Pipeline:
         """Open the record of this re-stitch, or widen the open one: until a token comes, it is one incident."""
         changed = {
             place
-            for place, (old, new) in enumerate(zip(self._assignment, wanted, strict=True))
+            for place, (old, new) in enumerate(zip(self._assignment or wanted, wanted, strict=True))
             if old != new or (reason is not None and new == cause)
         }
         if self._recovery is not None:
