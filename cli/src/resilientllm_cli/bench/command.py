@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -34,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when a token of ours was lost, duplicated or changed: then the times mean nothing."""
+    """Exit code 1 when a token of ours was lost, duplicated or changed, and when it was broken off: no figure then."""
     settings = Settings(
         model=arguments.model or _tiny_model(arguments.directory),
         output=arguments.output,
@@ -59,14 +61,31 @@ def run(arguments: argparse.Namespace) -> int:
         "machine": machine.describe(),
         "versions": machine.versions(),
     }
-    started = time.monotonic()
-    measured = measure(settings, lambda line: console.print(line, highlight=False))
-    result = report.document(measured, {**surroundings, "seconds": time.monotonic() - started})
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    settings.output.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(report.table(result))
+    measured, started = report.Measured(), time.monotonic()
+
+    def result() -> dict[str, Any]:
+        return report.document(measured, {**surroundings, "seconds": time.monotonic() - started})
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+        _write(settings.output, result())
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    broken_off = False
+    try:
+        measure(settings, measured, say)
+    except KeyboardInterrupt:
+        broken_off = True
+        console.print("broken off: what was measured so far follows", highlight=False)
+    _write(settings.output, result())
+    console.print(report.table(result()))
     unharmed = all(kill.tokens.unharmed and not kill.errors for kill in measured.ours)
-    return 0 if unharmed else FAILED
+    return 0 if unharmed and not broken_off else FAILED
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _check(settings: Settings) -> None:

@@ -35,7 +35,8 @@ SERVING = 0
 """The instance that serves the streams, and loses the stages."""
 
 
-def measure(settings: Settings, say: Say) -> Measured:
+def measure(settings: Settings, measured: Measured, say: Say) -> None:
+    """Adds every sample to ``measured``, then says so: a run that is broken off keeps what it has."""
     layout = Layout(
         model=settings.model,
         instances=settings.instances,
@@ -54,23 +55,19 @@ def measure(settings: Settings, say: Say) -> Measured:
         environment.of_children(os.environ, layout),
         settings.directory.absolute() / "logs" / "stock.log",
     )
-    kills: list[KillRun] = []
-    rates: dict[str, list[float]] = {}
     if settings.kills or settings.throughput_runs:
         with LocalCluster(layout) as cluster:
             cluster.wait_ready(READY_SECONDS)
-            kills = _kill_ours(cluster, settings, say)
+            _kill_ours(cluster, settings, measured.ours, say)
             if settings.throughput_runs:
                 with stock() as server:
                     server.wait_ready(READY_SECONDS)
                     urls = {OURS: cluster.engines[SERVING].url, STOCK: server.url}
-                    rates = throughput.measure(urls, settings, say)
-    restarts: list[KillRun] = []
+                    throughput.measure(urls, settings, measured.tokens_per_second, say)
     if settings.restarts:
         with stock() as server:
             server.wait_ready(READY_SECONDS)
-            restarts = _restart_stock(server, settings, say)
-    return Measured(ours=kills, restart=restarts, tokens_per_second=rates)
+            _restart_stock(server, settings, measured.restart, say)
 
 
 def _undisturbed(url: str, settings: Settings) -> list[list[int]]:
@@ -83,10 +80,9 @@ def _undisturbed(url: str, settings: Settings) -> list[list[int]]:
     return [stream.tokens for stream in streams]
 
 
-def _kill_ours(cluster: LocalCluster, settings: Settings, say: Say) -> list[KillRun]:
+def _kill_ours(cluster: LocalCluster, settings: Settings, runs: list[KillRun], say: Say) -> None:
     url = cluster.engines[SERVING].url
     undisturbed = _undisturbed(url, settings)
-    runs: list[KillRun] = []
     for number, stage in enumerate(victims(settings.kills, settings.stages), start=1):
         cluster.wait_ready(READY_SECONDS)
         disturbed = asyncio.run(
@@ -100,7 +96,6 @@ def _kill_ours(cluster: LocalCluster, settings: Settings, say: Say) -> list[Kill
         run = judge(stage, disturbed, undisturbed, _phases_ms(cluster))
         runs.append(run)
         say(f"kill {number}/{settings.kills} of stage {stage}: {_verdict(run)}")
-    return runs
 
 
 def _phases_ms(cluster: LocalCluster) -> dict[str, float]:
@@ -110,9 +105,8 @@ def _phases_ms(cluster: LocalCluster) -> dict[str, float]:
     return dict(borrowed[-1].phases_ms) if borrowed else {}
 
 
-def _restart_stock(server: StockServer, settings: Settings, say: Say) -> list[KillRun]:
+def _restart_stock(server: StockServer, settings: Settings, runs: list[KillRun], say: Say) -> None:
     undisturbed = _undisturbed(server.url, settings)
-    runs: list[KillRun] = []
     for number, stage in enumerate(victims(settings.restarts, settings.stages), start=1):
         server.wait_ready(READY_SECONDS)
         disturbed = asyncio.run(
@@ -126,7 +120,6 @@ def _restart_stock(server: StockServer, settings: Settings, say: Say) -> list[Ki
         run = judge(stage, disturbed, undisturbed, {})
         runs.append(run)
         say(f"restart {number}/{settings.restarts} after a kill of stage {stage}: {_verdict(run)}")
-    return runs
 
 
 async def _stream_with_retries(url: str, settings: Settings, on_token: OnToken) -> list[Stream]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -17,11 +17,11 @@ OURS, RESTART, STOCK = "ours", "restart", "stock"
 
 @dataclass(frozen=True)
 class Measured:
-    """Raw results. A part that was not measured is empty."""
+    """Raw results, so far. A part that was not measured is empty."""
 
-    ours: Sequence[KillRun]
-    restart: Sequence[KillRun]
-    tokens_per_second: Mapping[str, Sequence[float]]
+    ours: list[KillRun] = field(default_factory=list)
+    restart: list[KillRun] = field(default_factory=list)
+    tokens_per_second: dict[str, list[float]] = field(default_factory=dict)
 
 
 def distribution(samples: Sequence[float]) -> dict[str, Any]:

@@ -19,13 +19,13 @@ def tokens_per_second(streams: Sequence[Stream]) -> float:
     return sum(len(stream.tokens) - 1 for stream in streams) / (last - first)
 
 
-def measure(urls: Mapping[str, str], settings: Settings, say: Callable[[str], None]) -> dict[str, list[float]]:
-    """Samples of each side. One unmeasured run of each comes first."""
-    samples: dict[str, list[float]] = {side: [] for side in urls}
+def measure(
+    urls: Mapping[str, str], settings: Settings, samples: dict[str, list[float]], say: Callable[[str], None]
+) -> None:
+    """Adds to the samples of each side. One unmeasured run of each comes first."""
     for run in range(settings.throughput_runs + 1):
         for side, url in urls.items():
             found = tokens_per_second(asyncio.run(run_streams(url, settings.prompts(), settings.sampling)))
             if run > 0:
-                samples[side].append(found)
+                samples.setdefault(side, []).append(found)
                 say(f"throughput {run}/{settings.throughput_runs} {side}: {found:.0f} tokens/s")
-    return samples
