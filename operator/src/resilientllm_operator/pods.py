@@ -37,7 +37,7 @@ TOKEN_KEY = "token"
 STATE_FOLDER = "/var/run/resilientllm"
 """An emptyDir: the engine's plan outlives its container there."""
 
-NODE_LOSS_TOLERATION_SECONDS = 10
+NODE_LOSS_TOLERATION_SECONDS = 30
 """How long a pod stays bound to a node that does not answer. Donors serve meanwhile, so there is no hurry to
 load weights elsewhere because of a short break; Kubernetes' own five minutes would be capacity lost for nothing."""
 
