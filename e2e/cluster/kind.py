@@ -93,6 +93,9 @@ class KindCluster:
     def mounts(self) -> tuple[Path, ...]:
         return tuple(Path(mount) for mount in json.loads((self._folder / "mounts.json").read_text()))
 
+    def node_path(self, path: Path) -> Path:
+        return Path(f"{_MACHINE_FILES}{path}")
+
     def kubectl_command(self, *arguments: str) -> list[str]:
         program = shutil.which("kubectl") or str(build.binaries() / "kubectl")
         return [

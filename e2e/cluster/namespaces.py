@@ -48,6 +48,9 @@ class NamespaceCluster:
     def mounts(self) -> tuple[Path, ...]:
         return self.layout.mounts
 
+    def node_path(self, path: Path) -> Path:
+        return path
+
     def kubectl_command(self, *arguments: str) -> list[str]:
         # The default place of kubectl's cache of the API is the home folder, which is not ours.
         cache = self.layout.folder / "kubectl-cache"

@@ -30,6 +30,9 @@ class Cluster(Protocol):
     def mounts(self) -> tuple[Path, ...]:
         """Paths of this machine that every container sees, read-only."""
 
+    def node_path(self, path: Path) -> Path:
+        """Where the nodes see one of ``mounts``, or what lies below it: for volumes of type hostPath."""
+
     def kubectl_command(self, *arguments: str) -> list[str]:
         """The full command line of a kubectl for this cluster."""
 

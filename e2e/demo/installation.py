@@ -6,6 +6,7 @@ which folder of the nodes holds the model.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
 
+from e2e.cluster.commands import run
 from e2e.cluster.image import OPERATOR_REF, WORKER_REF
 from e2e.cluster.launch import REPOSITORY
 from e2e.cluster.provider import Cluster
@@ -26,6 +28,8 @@ MODEL = "tiny"
 """The folder's name below the volume, as manifests/examples/tiny.yaml has it."""
 
 _OPERATOR_TIMEOUT_SECONDS = 180
+_BUILD_TIMEOUT_SECONDS = 3600.0
+"""The worker image has gigabytes of packages to fetch."""
 _BINARIES = REPOSITORY / ".venv" / "bin"
 
 
@@ -34,6 +38,17 @@ def load_thin_images(cluster: Cluster) -> None:
     environment = {"PATH": f"{_BINARIES}:/usr/local/bin:/usr/bin:/bin"}
     cluster.load_thin_image(OPERATOR_REF, entrypoint=[str(_BINARIES / OPERATOR)], env=environment)
     cluster.load_thin_image(WORKER_REF, entrypoint=[str(_BINARIES / "python")], env=environment)
+
+
+def load_built_images(cluster: Cluster) -> None:
+    """The real images, built with Docker from the Dockerfiles."""
+    with tempfile.TemporaryDirectory() as folder:
+        for ref, dockerfile in ((OPERATOR_REF, "operator/Dockerfile"), (WORKER_REF, "worker/Dockerfile")):
+            archive = Path(folder) / f"{dockerfile.partition('/')[0]}.tar"
+            build = ("docker", "build", "--file", str(REPOSITORY / dockerfile), "--tag", ref, str(REPOSITORY))
+            run(*build, timeout_seconds=_BUILD_TIMEOUT_SECONDS)
+            run("docker", "save", "--output", archive, ref, timeout_seconds=_BUILD_TIMEOUT_SECONDS)
+            cluster.load_image(archive)
 
 
 def install_operator(cluster: Cluster) -> None:
@@ -61,7 +76,7 @@ def provide_model(cluster: Cluster, folder: Path) -> None:
     objects = list(documents(MANIFESTS / "examples" / "models-pv.yaml"))
     for each in objects:
         if each["kind"] == "PersistentVolume":
-            each["spec"]["hostPath"]["path"] = str(folder)
+            each["spec"]["hostPath"]["path"] = str(cluster.node_path(folder))
     apply(cluster, objects)
 
 

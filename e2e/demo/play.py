@@ -44,6 +44,8 @@ class Settings:
     """By each stream."""
     stage: int = 1
     """Which stage of an instance is killed."""
+    built_images: bool = False
+    """Built with Docker from the Dockerfiles; else images that run the files of this machine."""
 
 
 class Play:
@@ -58,6 +60,8 @@ class Play:
         self._told: set[str] = set()
 
     def run(self) -> Outcome:
+        self._screen.say(f"a tiny model in {self._models}")
+        installation.make_model(self._models)
         started = time.monotonic()
         cluster = self._bring_up()
         self._install(cluster)
@@ -86,16 +90,17 @@ class Play:
         return Sampling(max_tokens=self._settings.tokens)
 
     def _bring_up(self) -> Cluster:
+        mounts = (self._models,) if self._settings.built_images else default_mounts(REPOSITORY)
         with self._screen.step("cluster", f"a Kubernetes of {self._settings.nodes} nodes ({self._provider_name})"):
-            return self._provider.up(self._settings.nodes, mounts=default_mounts(REPOSITORY), timings=PATIENT)
+            return self._provider.up(self._settings.nodes, mounts=mounts, timings=PATIENT)
 
     def _install(self, cluster: Cluster) -> None:
         with self._screen.step("images", "the images of operator and worker, on every node"):
-            installation.load_thin_images(cluster)
+            load = installation.load_built_images if self._settings.built_images else installation.load_thin_images
+            load(cluster)
         with self._screen.step("operator", "kubectl apply -k manifests/base"):
             installation.install_operator(cluster)
-        with self._screen.step("model", "a tiny model in a volume"):
-            installation.make_model(self._models)
+        with self._screen.step("model", "kubectl apply -f manifests/examples/models-pv.yaml"):
             installation.provide_model(cluster, self._models)
 
     def _serve(self, cluster: Cluster) -> None:
