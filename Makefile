@@ -21,6 +21,8 @@ PORT ?= 8000
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+# What the demo's nodes are made of: kind where Docker works, Linux namespaces where it does not.
+PROVIDER ?= $(shell timeout 5 docker info >/dev/null 2>&1 && echo kind || echo namespaces)
 # Of the worker image: cpu or gpu.
 VARIANT ?= cpu
 TAG ?= dev
@@ -76,10 +78,10 @@ bench: setup ## kills under load, beside stock vLLM; writes build/bench.json
 	@$(RUN) resilientllm bench $(BENCH_ARGS)
 
 demo: setup ## a real Kubernetes, a kill in mid-stream, the same stream; writes build/demo.json (root)
-	@$(RUN) python -m e2e.demo up $(DEMO_ARGS)
+	@$(RUN) python -m e2e.demo --provider $(PROVIDER) up $(DEMO_ARGS)
 
 demo-down: setup ## remove all that the demo made
-	@$(RUN) python -m e2e.demo down
+	@$(RUN) python -m e2e.demo --provider $(PROVIDER) down
 
 kind-smoke: setup ## show that the kind provider works, with a Docker of its own if need be (root)
 	@$(RUN) python -m e2e.cluster kind-smoke

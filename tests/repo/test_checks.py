@@ -29,6 +29,7 @@ def test_code_is_formatted() -> None:
     passes("ruff", "format", "--check", "--output-format=concise", ".")
 
 
+@pytest.mark.timeout(900)  # without a cache, on a busy machine
 def test_types_agree() -> None:
     passes("mypy")
 
