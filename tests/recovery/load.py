@@ -31,7 +31,9 @@ def asks(count: int, *, tokens: int, prompt_tokens: int = 50, first: int = 0) ->
     ]
 
 
-async def stream_all(url: str, wanted: Sequence[Ask], on_token: Callable[[Stream], None] = lambda _: None) -> list[Stream]:
+async def stream_all(
+    url: str, wanted: Sequence[Ask], on_token: Callable[[Stream], None] = lambda _: None
+) -> list[Stream]:
     async with connect(url) as client:
         model = await model_name(client)
         return await asyncio.gather(
@@ -50,11 +52,16 @@ def undisturbed(url: str, wanted: Sequence[Ask]) -> list[list[int]]:
 
 
 def with_kill(
-    url: str, wanted: Sequence[Ask], kill: Callable[[], object], *, after_tokens: int, beside: Sequence[tuple[str, Sequence[Ask]]] = ()
+    url: str,
+    wanted: Sequence[Ask],
+    kill: Callable[[], object],
+    *,
+    after_tokens: int,
+    beside: Sequence[tuple[str, Sequence[Ask]]] = (),
 ) -> list[list[Stream]]:
     """The streams of ``wanted``, and of those ``beside`` on other engines; ``kill`` runs once in mid-stream.
 
-    ``after_tokens``: when the first stream of ``wanted`` has so many. 0: as soon as all requests are sent, so in prefill.
+    ``after_tokens``: when the first stream of ``wanted`` has so many. 0: as soon as all requests are sent, in prefill.
     """
 
     async def run() -> list[list[Stream]]:

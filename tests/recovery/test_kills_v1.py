@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.recovery.load import READY_SECONDS, asks, compared, stream_all, undisturbed, with_kill
 from resilientllm_api.engine_state import EnginePhase, EngineState, LossReason, RecoveryKind
 from resilientllm_api.plan import Limits
 from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
+
+from tests.recovery.load import READY_SECONDS, asks, compared, stream_all, undisturbed, with_kill
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 

@@ -6,14 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.recovery.load import READY_SECONDS, asks, compared, undisturbed, with_kill
 from resilientllm_api.plan import Limits
 from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
 
+from tests.recovery.load import READY_SECONDS, asks, compared, undisturbed, with_kill
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-FLAGS = ("--kv-cache-memory-bytes", str(64 * 2**20), "--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--max-model-len", "512")
+FLAGS = (
+    "--kv-cache-memory-bytes",
+    str(64 * 2**20),
+    "--max-num-seqs",
+    "4",
+    "--max-num-batched-tokens",
+    "256",
+    "--max-model-len",
+    "512",
+)
 INTERPRETED = Path(__file__).parent.parent / "v2_on_cpu"
 
 

@@ -6,7 +6,9 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 
 
 def _refuse(self: object, *args: Any, **kwargs: Any) -> NoReturn:
-    raise RuntimeError("this Triton backend only lets kernels be interpreted: set TRITON_INTERPRET=1 before importing Triton")
+    raise RuntimeError(
+        "this Triton backend only lets kernels be interpreted: set TRITON_INTERPRET=1 before importing Triton"
+    )
 
 
 def _stub_out(backend: type) -> type:

@@ -57,7 +57,9 @@ def _patch_language_once() -> None:
 
     def patch(function: Any) -> Kept:
         modules = [value for value in function.__globals__.values() if inspect.ismodule(value)]
-        key = tuple(name for name, module in (("tl", language), ("core", language.core)) if any(m is module for m in modules))
+        key = tuple(
+            name for name, module in (("tl", language), ("core", language.core)) if any(m is module for m in modules)
+        )
         if key not in patched:
             stock(function)
             patched.add(key)
