@@ -188,7 +188,7 @@ def serve(app: FastAPI, host: str, port: int) -> None:
 
 
 def watch_api(store: PlanStore, host: str | None, port: int) -> None:
-    """Note, in a thread of its own, when vLLM's API server in this process accepts connections. It does so to its end."""
+    """Note, in a thread of its own, when vLLM's API server in this process accepts connections."""
     target = "127.0.0.1" if host in (None, "", "0.0.0.0", "::") else host
 
     def watch() -> None:

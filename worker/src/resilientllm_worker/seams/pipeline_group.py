@@ -9,7 +9,9 @@ whatever links the step at hand was bound to.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -122,6 +124,9 @@ def install(
     """
     from vllm.distributed import parallel_state
 
+    # The CPU worker names its shared-memory group by this, and sets it too late for the group made here
+    # (vllm/v1/worker/cpu_worker.py, ``init_device``).
+    os.environ["VLLM_DIST_IDENT"] = Path(init_method.removeprefix("file://")).name
     parallel_state.init_distributed_environment(tensor_parallel, rank, init_method, rank, backend)
     parallel_state.initialize_model_parallel(tensor_parallel, 1, backend=backend)
     stock = parallel_state._PP

@@ -16,6 +16,7 @@ from resilientllm_worker.stage.health import HealthServer
 
 if TYPE_CHECKING:
     from resilientllm_worker.stage.model import Model
+    from resilientllm_worker.stage.ranks import Followers
 
 PROGRAM = "resilientllm-stage"
 logger = logging.getLogger(__name__)
@@ -28,6 +29,9 @@ def main() -> None:
 def _run() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = run_nicely(_parse)
+    if args.follow:
+        _follow(args)
+        return
     token = read_token(args.token_file)
     report: dict[str, object] = {}
     health_host, health_port = args.health
@@ -35,7 +39,12 @@ def _run() -> None:
         health = HealthServer(health_host, health_port, ready=lambda: report or None)
     except OSError as error:
         raise BadConfiguration(f"--health {health_host}:{health_port}: {error.strerror}") from error
-    model, digest = run_nicely(lambda: _load(args))
+
+    from vllm.utils.network_utils import get_file_store_init_method
+
+    init_method = get_file_store_init_method()
+    followers = _start_followers(args, init_method)
+    model, digest = run_nicely(lambda: _load(args, init_method, followers))
     model.adopt_thread()
 
     from resilientllm_worker.stage.server import StageServer, listen
@@ -46,11 +55,12 @@ def _run() -> None:
         listener = listen(server, host, port, token)
     except OSError as error:
         raise BadConfiguration(f"--listen {host}:{port}: {error.strerror}") from error
+    pids = [os.getpid(), *(followers.pids if followers else [])]
     report.update(
         ready=True,
         instance=args.instance,
         stage=args.stage,
-        ranks=[{"rank": 0, "pid": os.getpid()}],
+        ranks=[{"rank": rank, "pid": pid} for rank, pid in enumerate(pids)],
         address=listener.address,
     )
     logger.info("stage %d.%d has its weights and listens on %s", args.instance, args.stage, listener.address)
@@ -66,6 +76,8 @@ def _run() -> None:
         sys.exit(1)
     listener.close()
     health.close()
+    if followers is not None:
+        followers.close()
 
 
 def _parse() -> argparse.Namespace:
@@ -84,28 +96,55 @@ def _parse() -> argparse.Namespace:
         default=1.0,
         help="KV blocks for guests, as a fraction of the blocks for the stage's own instance (default: %(default)s)",
     )
+    group.add_argument("--follow", help=argparse.SUPPRESS)  # makes this process another rank of a running stage
     args = parser.parse_args()
     if not 0.0 <= args.pool_fraction <= 4.0:
         raise BadConfiguration(f"--pool-fraction: expected 0 to 4, got {args.pool_fraction}")
     if not 0 <= args.stage < args.pipeline_parallel_size:
         raise BadConfiguration(f"--stage: expected 0 to {args.pipeline_parallel_size - 1}, got {args.stage}")
-    if args.tensor_parallel_size != 1:
-        raise BadConfiguration("--tensor-parallel-size: stages of one rank are supported so far")
     return args
 
 
-def _load(args: argparse.Namespace) -> tuple[Model, str]:
+def _follow(args: argparse.Namespace) -> None:
+    """Be another rank of the stage that started this process."""
+    from resilientllm_worker.stage.model import Model
+    from resilientllm_worker.stage.ranks import end_with_parent, follow, parse_follow
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for rank 0, which ends this one
+    end_with_parent()
+    rank, sock, init_method = parse_follow(args.follow)
+
+    def load() -> Model:
+        prepare(args)
+        model = Model(make_config(args), args.stage, rank)
+        model.load(init_method)
+        return model
+
+    model = run_nicely(load)
+    model.adopt_thread()
+    follow(model, sock)
+
+
+def _start_followers(args: argparse.Namespace, init_method: str) -> Followers | None:
+    if args.tensor_parallel_size == 1:
+        return None
+    from resilientllm_worker.stage.ranks import Followers, own_command
+
+    return Followers(own_command(), args.tensor_parallel_size, init_method)
+
+
+def _load(args: argparse.Namespace, init_method: str, followers: Followers | None) -> tuple[Model, str]:
     """The model with its weights, and the digest of the settings that it was loaded under."""
     prepare(args)
     config = make_config(args)
     digest = config_digest(config)
 
-    from vllm.utils.network_utils import get_file_store_init_method
-
     from resilientllm_worker.stage.model import Model
+    from resilientllm_worker.stage.ranks import LeadingModel
 
-    model = Model(config, args.stage, rank=0)
-    model.load(get_file_store_init_method())
+    model = Model(config, args.stage, rank=0) if followers is None else LeadingModel(config, args.stage, followers)
+    model.load(init_method)
     return model, digest
 
 

@@ -139,6 +139,10 @@ class Model:
             )
         return self._needs
 
+    def kv_needs_of_ranks(self) -> list[KVNeeds]:
+        """Of all ranks of the stage, in order."""
+        return [self.kv_needs()]
+
     def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Collection[Collection[str]]) -> KVCache:
         """Allocate home and pool as one tensor and warm up. Once: the same figures again return what is there.
 
@@ -192,6 +196,12 @@ class Model:
         worker, runner = self._wrapper.worker, self._wrapper.worker.model_runner
         output, grammar = decode_step(step)
         output = self._adapter.prepare(runner, output)
+        if inbound is not None and runner.device.type != "cpu":
+            inbound = {name: tensor.to(runner.device) for name, tensor in inbound.items()}
+        if self.tensor_parallel > 1 and self._stage > 0:
+            inbound = self._shared(inbound, output.total_num_scheduled_tokens)
+        if self._rank > 0 and not self.is_last_stage:
+            send = _send_nowhere  # rank 0 sends for all: every rank has the whole hidden states
         with set_current_vllm_config(self._config), self._pipeline.bound(Binding(inbound, send)):
             result = worker.execute_model(output)
             if result is None:
@@ -220,7 +230,7 @@ class Model:
         def execute(output: Any) -> Any:
             tokens = output.total_num_scheduled_tokens
             inbound = self._empty_activations(tokens) if self._stage > 0 and tokens else None
-            with self._pipeline.bound(Binding(inbound, lambda tensors: _Done())):
+            with self._pipeline.bound(Binding(inbound, _send_nowhere)):
                 return stock(output)
 
         worker.execute_model = execute
@@ -229,12 +239,23 @@ class Model:
         finally:
             del worker.execute_model
 
+    def _shared(self, inbound: dict[str, torch.Tensor] | None, tokens: int) -> dict[str, torch.Tensor]:
+        """Rank 0's hidden states on every rank. Names and shapes follow from the model, so nothing describes them."""
+        tensors = self._empty_activations(tokens) if inbound is None else inbound
+        for name in sorted(tensors):
+            torch.distributed.broadcast(tensors[name], src=0)
+        return tensors
+
     def _empty_activations(self, tokens: int) -> dict[str, torch.Tensor]:
         runner = self._wrapper.worker.model_runner
         made = runner.get_model().make_empty_intermediate_tensors(
             batch_size=tokens, dtype=self._config.model_config.dtype, device=runner.device
         )
         return dict(made.tensors)
+
+
+def _send_nowhere(tensors: dict[str, torch.Tensor]) -> SendHandle:
+    return _Done()
 
 
 class _Done:

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     import torch
 
     from resilientllm_worker.seams.pipeline_group import SendHandle
-    from resilientllm_worker.stage.model import Model
+    from resilientllm_worker.stage.model import KVNeeds, Model
 
 logger = logging.getLogger(__name__)
 
@@ -249,14 +249,14 @@ class StageServer:
             case Release():
                 self._release(tenant, message.stamp, connection)
             case DescribeKV():
-                needs = self._in_runner(self._model.kv_needs)
+                ranks: list[KVNeeds] = self._in_runner(self._model.kv_needs_of_ranks)
                 connection.send(
                     KVDescription(
                         message.call,
-                        [needs.specs],
-                        [needs.layouts],
-                        [self._home_share(needs.available_bytes)],
-                        needs.tasks,
+                        [rank.specs for rank in ranks],
+                        [rank.layouts for rank in ranks],
+                        [self._home_share(rank.available_bytes) for rank in ranks],
+                        ranks[0].tasks,
                     )
                 )
             case AllocateKV():
