@@ -17,12 +17,10 @@ MODEL ?= build/tiny
 INSTANCES ?= 2
 STAGES ?= 2
 PORT ?= 8000
-# Passed on: make test PYTEST_ARGS="-k fence", make bench BENCH_ARGS=--quick
+# Passed on: make test PYTEST_ARGS="-k fence", make bench BENCH_ARGS=--quick, make demo DEMO_ARGS="--stage 0"
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
-# What the demo's nodes are made of: kind where Docker works, Linux namespaces where it does not.
-PROVIDER ?= $(shell timeout 5 docker info >/dev/null 2>&1 && echo kind || echo namespaces)
 # Of the worker image: cpu or gpu.
 VARIANT ?= cpu
 TAG ?= dev
@@ -78,10 +76,10 @@ bench: setup ## kills under load, beside stock vLLM; writes build/bench.json
 	@$(RUN) resilientllm bench $(BENCH_ARGS)
 
 demo: setup ## a real Kubernetes, a kill in mid-stream, the same stream; writes build/demo.json (root)
-	@$(RUN) python -m e2e.demo --provider $(PROVIDER) up $(DEMO_ARGS)
+	@$(RUN) python -m e2e.demo up $(DEMO_ARGS)
 
 demo-down: setup ## remove all that the demo made
-	@$(RUN) python -m e2e.demo --provider $(PROVIDER) down
+	@$(RUN) python -m e2e.demo down
 
 kind-smoke: setup ## show that the kind provider works, with a Docker of its own if need be (root)
 	@$(RUN) python -m e2e.cluster kind-smoke
