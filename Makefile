@@ -42,7 +42,7 @@ $(SYNCED): uv.lock pyproject.toml api/pyproject.toml cli/pyproject.toml operator
 test: setup ## everything: lint, types, import rules, unit, contract, integration, and the cluster (root)
 	@$(RUN) pytest $(PYTEST_ARGS)
 
-unit: setup ## what takes seconds: no vLLM process, no cluster
+unit: setup ## checks, unit and contract tests: no vLLM process, no cluster
 	@$(RUN) pytest -m 'not engine and not cluster' $(PYTEST_ARGS)
 
 e2e: setup ## the tests on a real cluster only (root)
