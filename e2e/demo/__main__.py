@@ -20,7 +20,7 @@ from e2e.cluster.errors import ClusterError
 from e2e.cluster.launch import REPOSITORY
 
 from . import choice, installation
-from .picture import outcome_table, recovery_table
+from .picture import outcome_table, recovery_table, recovery_words
 from .play import OBJECT, Play, Settings
 from .report import Outcome, document, problems
 from .screen import Screen
@@ -100,8 +100,10 @@ def _up(chosen: argparse.Namespace) -> int:
 def _tell(outcome: Outcome, console: Console) -> int:
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(document(outcome), indent=2) + "\n")
+    console.print("Every stream, token by token, against the undisturbed run:")
     console.print(outcome_table(outcome))
     if outcome.recovery is not None:
+        console.print(recovery_words(outcome.recovery), markup=False, soft_wrap=True)
         console.print(recovery_table(outcome.kill, outcome.recovery))
     wrong = list(problems(outcome))
     for problem in wrong:

@@ -123,13 +123,15 @@ def parse(items: Iterable[Json], name: str) -> Observation:
 
 
 def waits_for(seen: Observation) -> str:
-    """For people: what is missing until the object is Ready."""
+    """For people: what is missing until the object is whole."""
     if seen.obj is None:
         return "the object is not there yet"
     ready = seen.condition(ConditionType.READY)
     if ready is None:
         return "the operator has not looked at the object yet"
-    return f"{ready.reason}: {ready.message}"
+    degraded = seen.condition(ConditionType.DEGRADED)
+    telling = degraded if seen.ready and degraded is not None and not seen.whole else ready
+    return f"{telling.reason}: {telling.message}"
 
 
 def _order(pod: Pod) -> tuple[int, int, str]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .observation import Observation, Pod
-from .report import Kill, Outcome, detection_ms
+from .report import Kill, Outcome, detection_ms, phases_in_order
 from .scene import Scene
 
 _SHOWN_CHARACTERS = 32
@@ -36,6 +36,7 @@ def _parts(scene: Scene, now_seconds: float) -> Iterator[RenderableType]:
     if scene.streams:
         yield _streams(scene, now_seconds)
     if scene.kill is not None and scene.recovery is not None:
+        yield Text(recovery_words(scene.recovery), style="bold")
         yield recovery_table(scene.kill, scene.recovery)
     for seconds, words in scene.log[-_SHOWN_LINES:]:
         yield Text(f"{seconds:6.1f} s  {words}", style="dim")
@@ -111,25 +112,29 @@ def _words(stream: Stream) -> Text:
     return Text(stream.text[-_SHOWN_CHARACTERS:], style="cyan")
 
 
+def recovery_words(recovery: RecoveryStatus) -> str:
+    places = ", ".join(f"{recovery.instance}.{stage}" for stage in recovery.stages)
+    donor = f", {recovery.donor} stood in" if recovery.donor else ""
+    return (
+        f"Stage {places} was lost ({recovery.reason}){donor}: {recovery.requests_affected} requests, "
+        f"{recovery.tokens_recomputed} tokens computed again"
+    )
+
+
 def recovery_table(kill: Kill, recovery: RecoveryStatus) -> Table:
     """The phases of a recovery, as the engine measured them."""
-    donor = f", {recovery.donor} stood in" if recovery.donor else ""
-    table = Table(
-        title=f"recovery of instance {recovery.instance}: {recovery.reason}{donor}; "
-        f"{recovery.requests_affected} requests, {recovery.tokens_recomputed} tokens computed again",
-        title_justify="left",
-    )
+    table = Table()
     table.add_column("phase")
     table.add_column("ms", justify="right")
     table.add_row("detect (kill to engine)", f"{detection_ms(kill, recovery):.1f}")
-    for phase, milliseconds in recovery.phases.items():
+    for phase, milliseconds in phases_in_order(recovery).items():
         table.add_row(phase, f"{milliseconds:.1f}", style="bold" if phase == "total" else "")
     return table
 
 
 def outcome_table(outcome: Outcome) -> Table:
     """What every client got, beside what it should have got."""
-    table = Table(title="every stream, token by token, against the undisturbed run", title_justify="left")
+    table = Table()
     for heading in ("stream", "tokens", "lost", "duplicated", "changed", "stall", "equal"):
         table.add_column(heading, justify="right")
     rows: Sequence[Stream] = outcome.delivered

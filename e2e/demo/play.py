@@ -16,7 +16,7 @@ from e2e.cluster.machine_files import default_mounts
 from e2e.cluster.provider import Cluster, Provider
 from e2e.cluster.timings import PATIENT
 
-from . import installation, victim
+from . import bytecode, installation, victim
 from .observation import Observation, observe, waits_for
 from .prompts import prompts
 from .report import Kill, Outcome
@@ -62,6 +62,9 @@ class Play:
     def run(self) -> Outcome:
         self._screen.say(f"a tiny model in {self._models}")
         installation.make_model(self._models)
+        if not self._settings.built_images and not bytecode.is_compiled(bytecode.packages()):
+            with self._screen.step("bytecode", "Python's packages, compiled once"):
+                bytecode.compile_all(bytecode.packages())
         started = time.monotonic()
         cluster = self._bring_up()
         self._install(cluster)

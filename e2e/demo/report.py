@@ -11,6 +11,9 @@ from resilientllm_api.crd import RecoveryStatus
 from resilientllm_cli.comparison import Tokens, compare, stall_seconds, total
 from resilientllm_cli.streams import Sampling, Stream
 
+_PHASES = ("fence", "wait", "stitch", "rollBack", "resume", "total")
+"""Those of :class:`resilientllm_api.engine_state.Recovery`."""
+
 
 @dataclass(frozen=True)
 class Kill:
@@ -119,6 +122,12 @@ def detection_ms(kill: Kill, recovery: RecoveryStatus) -> float:
     return (recovery.detected_at.astimezone(UTC) - kill.at).total_seconds() * 1000
 
 
+def phases_in_order(recovery: RecoveryStatus) -> dict[str, float]:
+    """As they followed each other: the API server sorts them by name. A phase that is not known here comes last."""
+    places = {phase: place for place, phase in enumerate(_PHASES)}
+    return dict(sorted(recovery.phases.items(), key=lambda each: places.get(each[0], len(_PHASES))))
+
+
 def _recovery(kill: Kill, recovery: RecoveryStatus | None) -> dict[str, Any] | None:
     if recovery is None:
         return None
@@ -129,7 +138,7 @@ def _recovery(kill: Kill, recovery: RecoveryStatus | None) -> dict[str, Any] | N
         "stages": list(recovery.stages),
         "donor": recovery.donor,
         "detection_ms": detection_ms(kill, recovery),
-        "phases_ms": recovery.phases,
+        "phases_ms": phases_in_order(recovery),
         "requests": recovery.requests_affected,
         "tokens_recomputed": recovery.tokens_recomputed,
         "restored_after_seconds": (recovery.restored_at - kill.at).total_seconds() if recovery.restored_at else None,
