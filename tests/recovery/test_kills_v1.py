@@ -105,6 +105,8 @@ def test_a_returning_stage_is_swapped_in_while_requests_run(whole: LocalCluster)
     streams: list[object] = []
     deadline = time.monotonic() + READY_SECONDS
     whole.kill_stage(0, 1)
+    while state_of(whole, 0).on_own_stages:
+        assert time.monotonic() < deadline  # the state is told ten times a second
     while not state_of(whole, 0).on_own_stages:
         assert time.monotonic() < deadline
         streams = asyncio.run(stream_all(url, wanted))
