@@ -6,7 +6,10 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
+import openai
 from resilientllm_cli.streams import Prompt, Sampling, Stream, run_streams
+
+from e2e.cluster.errors import ClusterError
 
 
 class Traffic:
@@ -33,8 +36,14 @@ class Traffic:
         return sum(len(stream.tokens) for stream in self.streams)
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Whether all streams ended in time. Raises what kept them from being started at all."""
+        """Whether all streams ended in time. Raises ClusterError if the Service answers nothing at all."""
         self._thread.join(timeout_seconds)
+        if isinstance(self._error, openai.OpenAIError | OSError):
+            raise ClusterError(
+                expected="an answer of the Service",
+                found=f"{type(self._error).__name__}: {self._error}",
+                remedy="see its EndpointSlice and the logs of the engines",
+            ) from self._error
         if self._error is not None:
             raise self._error
         return not self.running

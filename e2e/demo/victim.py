@@ -68,8 +68,14 @@ def kill(victim: Candidate) -> None:
 
 
 def _metrics(address: HostPort) -> str:
-    with urllib.request.urlopen(f"http://{address.host}:{address.port}/metrics", timeout=_TIMEOUT_SECONDS) as answer:
-        text: str = answer.read().decode()
+    url = f"http://{address.host}:{address.port}/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
+            text: str = answer.read().decode()
+    except OSError as error:
+        raise ClusterError(
+            expected="metrics of an engine", found=str(error), remedy="see the log of the engine's pod"
+        ) from error
     return text
 
 
