@@ -15,10 +15,11 @@ from rich.text import Text
 
 from .observation import Observation, Pod
 from .report import Kill, Outcome, detection_ms, phases_in_order
-from .scene import Scene
+from .scene import Scene, Step
 
 _SHOWN_CHARACTERS = 32
-_SHOWN_LINES = 6
+_SHOWN_LINES = 2
+"""Of the log. With 2 instances of 2 stages and 8 streams, all fits into a terminal of 24 lines."""
 _BAR_WIDTH = 24
 _STALLED_SECONDS = 0.25
 
@@ -28,23 +29,27 @@ def draw(scene: Scene, now_seconds: float) -> RenderableType:
 
 
 def _parts(scene: Scene, now_seconds: float) -> Iterator[RenderableType]:
-    yield _steps(scene, now_seconds)
+    yield _steps(scene.steps[-1:] if scene.streams else scene.steps, now_seconds)
     if scene.waits_for:
-        yield Text(f"waits: {scene.waits_for}", style="yellow")
+        yield _line(f"waits: {scene.waits_for}", "yellow")
     if scene.seen is not None and scene.seen.pods:
         yield _pods(scene.seen, scene.kill)
     if scene.streams:
         yield _streams(scene, now_seconds)
     if scene.kill is not None and scene.recovery is not None:
-        yield Text(recovery_words(scene.recovery), style="bold")
-        yield recovery_table(scene.kill, scene.recovery)
+        yield _line(recovery_words(scene.recovery), "bold")
+        yield _line(" · ".join(f"{phase} {ms:.1f} ms" for phase, ms in _phases(scene.kill, scene.recovery)), "bold")
     for seconds, words in scene.log[-_SHOWN_LINES:]:
-        yield Text(f"{seconds:6.1f} s  {words}", style="dim")
+        yield _line(f"{seconds:6.1f} s  {words}", "dim")
 
 
-def _steps(scene: Scene, now_seconds: float) -> Table:
+def _line(words: str, style: str) -> Text:
+    return Text(words, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _steps(steps: Sequence[Step], now_seconds: float) -> Table:
     table = Table.grid(padding=(0, 2))
-    for step in scene.steps:
+    for step in steps:
         if step.seconds is None:
             table.add_row("…", Text(step.title, style="bold"), f"{now_seconds - step.started:.0f} s")
         else:
@@ -126,10 +131,15 @@ def recovery_table(kill: Kill, recovery: RecoveryStatus) -> Table:
     table = Table()
     table.add_column("phase")
     table.add_column("ms", justify="right")
-    table.add_row("detect (kill to engine)", f"{detection_ms(kill, recovery):.1f}")
-    for phase, milliseconds in phases_in_order(recovery).items():
+    for phase, milliseconds in _phases(kill, recovery):
         table.add_row(phase, f"{milliseconds:.1f}", style="bold" if phase == "total" else "")
     return table
+
+
+def _phases(kill: Kill, recovery: RecoveryStatus) -> Iterator[tuple[str, float]]:
+    """From the kill on; the total is the engine's, which cannot know when somebody was killed."""
+    yield "detect", detection_ms(kill, recovery)
+    yield from phases_in_order(recovery).items()
 
 
 def outcome_table(outcome: Outcome) -> Table:

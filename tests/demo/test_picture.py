@@ -14,8 +14,8 @@ from e2e.demo.scene import Scene, Step
 from tests.demo.builders import KILL, RECOVERY, outcome, stream
 
 
-def drawn(picture: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+def drawn(picture: RenderableType, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
     console.print(picture)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -36,6 +36,22 @@ def test_steps_tell_how_long_they_took_or_go_on() -> None:
 
     assert "a Kubernetes" in said and "7.0 s" in said
     assert "until it is Ready" in said and "10 s" in said
+
+
+def test_all_of_a_recovery_fits_into_an_ordinary_terminal() -> None:
+    busy = scene()
+    busy.seen = Observation(
+        None, tuple(Pod(i, k, "p", "u", "n", None, True, 0, None) for i in (0, 1) for k in (0, 1, 2))
+    )
+    busy.streams, busy.tokens_wanted = [stream(index, [1, 2]) for index in range(8)], 20
+    busy.kill, busy.recovery = KILL, RECOVERY
+    busy.waits_for = "StageBorrowed: " + "many words " * 20
+    busy.log = [(1.0, "many words " * 20)] * 9
+
+    said = drawn(draw(busy, 110.0), width=80)
+    assert len(said.splitlines()) <= 24
+    assert "Stage 1.0 was lost (ConnectionReset), 0.0 stood in" in said
+    assert "detect 2.0 ms · fence 1.0 ms · stitch 2.0 ms" in said
 
 
 def test_wait_tells_its_reason() -> None:
