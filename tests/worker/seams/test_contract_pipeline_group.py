@@ -59,8 +59,8 @@ def test_it_has_every_attribute_that_worker_runners_and_models_use() -> None:
         if not hasattr(a_pipeline(), name) and not (name in NEVER_REACHED and where == {NEVER_REACHED[name]})
     }
     assert not missing, (
-        f"vLLM uses attributes of its pipeline group that worker/src/resilientllm_worker/seams/pipeline_group.py lacks: "
-        f"{missing}"
+        f"vLLM uses attributes of its pipeline group that VirtualPipeline lacks: {missing}. "
+        "Look at worker/src/resilientllm_worker/seams/pipeline_group.py"
     )
 
 

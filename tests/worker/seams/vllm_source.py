@@ -47,11 +47,8 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 def attributes_of(path: str, *owners: str) -> set[str]:
     """Names that follow a dot behind one of ``owners``, given as source: ``self.pp_handler``, ``get_pp_group()``."""
-    return {
-        node.attr
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in owners
-    }
+    nodes = (node for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute))
+    return {node.attr for node in nodes if ast.unparse(node.value) in owners}
 
 
 def names_imported_by(path: str) -> set[str]:
