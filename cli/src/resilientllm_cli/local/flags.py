@@ -10,7 +10,7 @@ CPU_DEFAULTS: Mapping[str, str | None] = {
     "--block-size": "32",
     "--max-num-seqs": "16",
     "--max-num-batched-tokens": "2048",
-    "--kv-cache-memory-bytes": str(256 * 2**20),
+    "--kv-cache-memory-bytes": str(128 * 2**20),
 }
 """For a machine without a GPU: no compilation, and full precision, which leaves a random model's tokens alone however
 requests are batched. vLLM touches all KV memory at the start, so eight processes must not take a GiB each; who sets
