@@ -111,10 +111,27 @@ def document(outcome: Outcome) -> dict[str, Any]:
         "step_seconds": dict(outcome.step_seconds),
         "events": list(outcome.events),
         "per_stream": [
-            {"stream": stream.index, "stall_seconds": stall, "error": stream.error, **asdict(each)}
+            {
+                "stream": stream.index,
+                "stall_seconds": stall,
+                "error": stream.error,
+                **asdict(each),
+                "difference": _difference(outcome, stream),
+            }
             for stream, each, stall in zip(outcome.delivered, tokens, stalls, strict=True)
         ],
     }
+
+
+def _difference(outcome: Outcome, stream: Stream) -> dict[str, Any] | None:
+    """Where and when a stream left the path of the undisturbed one: the first question of whoever looks for why."""
+    expected = outcome.reference[stream.index]
+    if stream.tokens == expected.tokens:
+        return None
+    token = _first_difference(expected, stream)
+    arrived = stream.arrivals_seconds[token] if token < len(stream.tokens) else None
+    after_kill = None if arrived is None else arrived - outcome.kill.at_monotonic_seconds
+    return {"token": token, "seconds_after_kill": after_kill}
 
 
 def detection_ms(kill: Kill, recovery: RecoveryStatus) -> float:

@@ -57,6 +57,20 @@ def test_stream_that_differs_is_a_problem(tokens: list[int], words: str) -> None
     assert len(found) == 1 and words in found[0] and "stream 0" in found[0]
 
 
+def test_difference_is_told_by_token_and_time() -> None:
+    written = document(outcome(stream(0, [*range(10), 99, *range(11, 20)]), stream(1, list(range(50, 70)))))
+
+    changed, equal = (each["difference"] for each in written["per_stream"])
+    assert changed == {"token": 10, "seconds_after_kill": pytest.approx(0.05)}
+    assert equal is None
+
+
+def test_stream_that_ended_early_differs_where_it_ended() -> None:
+    written = document(outcome(stream(0, list(range(19))), stream(1, list(range(50, 70)))))
+
+    assert written["per_stream"][0]["difference"] == {"token": 19, "seconds_after_kill": None}
+
+
 def test_stream_that_broke_is_a_problem_even_if_all_tokens_came() -> None:
     broken = stream(0, list(range(20)), error="APIError: gone")
 
