@@ -1,10 +1,12 @@
 """The pipeline is whole again in milliseconds, and what was in flight is void, whoever dies and however it shows."""
 
+import threading
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
+from resilientllm_worker.engine.channel import Channel
 from resilientllm_worker.engine.pipeline import LOST_STEP
 from resilientllm_worker.protocol.messages import (
     AllocateKV,
@@ -18,7 +20,7 @@ from resilientllm_worker.protocol.messages import (
     Stitch,
 )
 
-from tests.worker.engine.builders import PATIENCE_SECONDS, FakeStage, World, a_step, unused_address
+from tests.worker.engine.builders import DIGEST, PATIENCE_SECONDS, TOKEN, FakeStage, World, a_step, unused_address
 
 
 def lost(*futures: Future[Any]) -> bool:
@@ -429,6 +431,34 @@ class TestANewPlan:
             assert again.result(PATIENCE_SECONDS).stamp == step.stamp
             old.die()
             assert world.pipeline.boundary().stamp == step.stamp
+
+    def test_with_another_address_that_answers_at_once_is_stitched_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is lost then, and yet the process at work is another one."""
+        start = Channel.start
+
+        def start_and_wait(channel: Channel) -> None:
+            start(channel)
+            assert connected.acquire(timeout=PATIENCE_SECONDS)
+
+        with World(instances=1) as world:
+            world.attach()
+            _, future = world.submit()
+            moved = FakeStage("0.1", 2, has_kv=True)
+            old, world.stages[moved.id] = world["0.1"], moved
+            connected = threading.Semaphore(0)
+            put = world.pipeline._events.put
+            monkeypatch.setattr(
+                world.pipeline,
+                "_make_channel",
+                lambda ref, plan: Channel(
+                    ref, 0, DIGEST, TOKEN, 1.0, lambda e: (put(e), connected.release()), world.pipeline._on_result
+                ),
+            )
+            monkeypatch.setattr(Channel, "start", start_and_wait)
+            world.pipeline.set_plan(world.plan())
+            assert lost(future)
+            moved.wait_told(Stitch)
+            old.die()
 
     def test_without_the_donor_at_work_moves_to_another(self) -> None:
         with World(instances=3) as world:

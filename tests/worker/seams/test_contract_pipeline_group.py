@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from resilientllm_worker.seams.pipeline_group import Binding, VirtualPipeline
 
-from tests.worker.seams.vllm_source import attributes_of, class_of, files_under, methods, parameters, tree
+from tests.worker.seams.vllm_source import attributes_of, class_of, files_under, mentions, methods, parameters, tree
 
 USERS = [
     "v1/worker/cpu_model_runner.py",
@@ -39,10 +40,13 @@ def a_pipeline(stage: int = 1, stages: int = 3) -> VirtualPipeline:
     return VirtualPipeline(stage, stages, world)
 
 
+@functools.cache
 def uses() -> dict[str, set[str]]:
     """Every attribute of the pipeline group that is used, and where."""
     found: dict[str, set[str]] = {}
     for path in USERS:
+        if not mentions(path, "get_pp_group()"):
+            continue
         owners = {"get_pp_group()"}
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Assign) and ast.unparse(node.value) == "get_pp_group()":

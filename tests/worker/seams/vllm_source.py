@@ -24,6 +24,12 @@ def tree(path: str) -> ast.Module:
     return ast.parse(file.read_text())
 
 
+@functools.cache
+def mentions(path: str, text: str) -> bool:
+    """Parsing hundreds of models takes long; most have no word of what is looked for."""
+    return text in (root() / path).read_text()
+
+
 def class_of(path: str, name: str) -> ast.ClassDef:
     found = [node for node in tree(path).body if isinstance(node, ast.ClassDef) and node.name == name]
     assert found, f"vLLM's {path} has no class {name} any more"
@@ -47,6 +53,8 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 def attributes_of(path: str, *owners: str) -> set[str]:
     """Names that follow a dot behind one of ``owners``, given as source: ``self.pp_handler``, ``get_pp_group()``."""
+    if not any(mentions(path, owner) for owner in owners):
+        return set()
     nodes = (node for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute))
     return {node.attr for node in nodes if ast.unparse(node.value) in owners}
 
