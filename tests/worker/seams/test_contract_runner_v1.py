@@ -6,10 +6,11 @@ import dataclasses
 import inspect
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from resilientllm_worker.seams.runner_v1 import RewindableGenerator, RunnerV1
+from resilientllm_worker.seams.runner_v1 import RewindableGenerator, RunnerV1, put_in_order
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -63,6 +64,64 @@ def test_its_old_row_is_given_up_and_it_is_not_finished() -> None:
     prepared = RunnerV1().prepare(runner, a_scheduler_output(back(), finished_req_ids={"n", "gone"}))
     assert runner.input_batch.removed == ["n"]
     assert prepared.finished_req_ids == {"gone"}
+
+
+class TestRows:
+    """Hidden states carry no names: sender and receiver must have the same order, whatever each of them ran before."""
+
+    @pytest.mark.parametrize("before", [["a", "b", "c"], ["c", "a", "b"], ["b", "a", "c"], ["c", "b", "a"]])
+    def test_are_in_the_order_of_the_step(self, before: list[str]) -> None:
+        batch = a_batch(before)
+        put_in_order(batch, {"a": 1, "b": 5, "c": 1})
+        assert batch.req_ids == ["a", "b", "c"]
+        assert [batch.token_ids_cpu[row, 0] for row in range(3)] == [ord("a"), ord("b"), ord("c")]
+
+    def test_are_put_in_order_before_the_attention_backend_looks(self) -> None:
+        batch = a_batch(["b", "a"])
+        seen: list[list[str]] = []
+        runner = SimpleNamespace(
+            input_batch=batch,
+            _may_reorder_batch=lambda output: seen.append(list(batch.req_ids)),
+            intermediate_tensors=0,
+        )
+        with patch("vllm.distributed.parallel_state.get_pp_group", return_value=SimpleNamespace(is_first_rank=True)):
+            RunnerV1().after_allocation(runner)
+        runner._may_reorder_batch(SimpleNamespace(num_scheduled_tokens={"a": 1, "b": 1}))
+        assert seen == [["a", "b"]]
+
+    def test_are_all_there_when_v1_may_reorder_them_and_nothing_is_made_of_them_before(self) -> None:
+        source = source_of(RUNNER, "GPUModelRunner", "_update_states")
+        assert source.index("input_batch.condense()") < source.index("self._may_reorder_batch(scheduler_output)")
+        assert source.index("self._may_reorder_batch(scheduler_output)") < source.index(
+            "input_batch.refresh_metadata()"
+        )
+
+
+def a_batch(requests: list[str]) -> InputBatch:
+    """V1's own, with rows in this order."""
+    batch = InputBatch(
+        max_num_reqs=4,
+        max_model_len=8,
+        max_num_batched_tokens=8,
+        device=torch.device("cpu"),
+        vocab_size=300,
+        block_sizes=[4],
+        max_num_blocks_per_req=[2],
+    )
+    for request in requests:
+        batch.add_request(
+            CachedRequestState(
+                req_id=request,
+                prompt_token_ids=[ord(request)],
+                mm_features=[],
+                sampling_params=SamplingParams(),
+                generator=None,
+                block_ids=([1],),
+                num_computed_tokens=0,
+                output_token_ids=[],
+            )
+        )
+    return batch
 
 
 def test_lists_stay_parallel_when_no_tokens_are_sent() -> None:

@@ -3,12 +3,16 @@
 V1 tells new requests from resumed ones and expects state of a resumed one to be there. Here every request that comes
 back arrives as new with all its tokens; those with output get the state that V1 would have had, including the
 position of their random generator, which no other process can know.
+
+V1 keeps the rows of its batch from step to step, in an order that comes from what it ran before, and hidden states
+carry no names. Two stages agree on the order only while both see the same steps, and a donor sees two tenants'. So
+every step's rows are put into the order of the step itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ class RunnerV1:
     def after_allocation(self, runner: Any) -> None:
         from vllm.distributed.parallel_state import get_pp_group
 
+        _keep_rows_in_order(runner)
         if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
             return
         # V1 makes this buffer in its first dummy run, and has none where nothing is profiled or compiled, as on a CPU
@@ -96,6 +101,26 @@ class RunnerV1:
 
     def requests(self, runner: Any) -> Collection[str]:
         return tuple(runner.requests)
+
+
+def _keep_rows_in_order(runner: Any) -> None:
+    """V1 calls ``_may_reorder_batch`` when all rows are there, and before it makes anything of them."""
+    stock = runner._may_reorder_batch
+
+    def reorder(output: SchedulerOutput) -> None:
+        put_in_order(runner.input_batch, output.num_scheduled_tokens)
+        # What the attention backend wants of the order follows from the step too, if it starts from the same.
+        stock(output)
+
+    runner._may_reorder_batch = reorder
+
+
+def put_in_order(batch: Any, requests: Iterable[str]) -> None:
+    """Make ``requests``, which are all that are in the batch, its rows 0, 1, 2, …"""
+    for row, request in enumerate(requests):
+        found = batch.req_id_to_index[request]
+        if found != row:
+            batch.swap_states(row, found)
 
 
 class RewindableGenerator(torch.Generator):
