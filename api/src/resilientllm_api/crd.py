@@ -191,8 +191,8 @@ class Replication(CrdModel):
 
     mode: ReplicationMode = ReplicationMode.NONE
     """None: recompute. Ring: keep copies of KV blocks (not implemented yet)."""
-    pool_percent: Annotated[int, Field(ge=5, le=90)] | None = None
-    """Share of a stage's KV memory that is kept for guests. Default: the worker's own."""
+    pool_percent: Annotated[int, Field(ge=5, le=200)] | None = None
+    """KV blocks for a guest, in percent of those for the stage's own instance. Default: the worker's own, 100."""
     topology_key: Annotated[str, Field(min_length=1, max_length=253)] = "kubernetes.io/hostname"
     """The node label that names a failure domain: two copies of the same stage are never in the same one."""
 
@@ -384,7 +384,7 @@ class RecoveryStatus(CrdModel):
     restored_at: datetime | None = None
     """When the instance's own stages were back in their places."""
     phases: dict[str, float] = {}
-    """Milliseconds of each phase; total is the sum."""
+    """Milliseconds of each phase. ``total`` is wait, fence, stitch and resume; rollBack lies within resume."""
     took: str | None = None
     """The total, for people."""
     requests_affected: int = 0

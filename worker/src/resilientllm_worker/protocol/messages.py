@@ -154,7 +154,7 @@ class LinkLost(_Struct):
 
 
 class Heartbeat(_Struct):
-    """Sent by the thread that watches the model runner, so it stops when that thread hangs."""
+    """That the process lives, and how its work goes. A thread of its own sends it: a hang shows in ``step_seconds``."""
 
     steps_done: int
     """Steps of all tenants that the runner has finished."""
