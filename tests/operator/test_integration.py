@@ -157,7 +157,7 @@ class TestInvalidObjects:
             ({"model": {"path": "models/tiny"}}, "spec.model.path in body should match"),
             ({"replication": {"mode": "Ring"}}, "replication.mode Ring is not implemented yet: use None"),
             ({"replication": {"mode": "Sometimes"}}, 'supported values: "None", "Ring"'),
-            ({"replication": {"poolPercent": 95}}, "should be less than or equal to 90"),
+            ({"replication": {"poolPercent": 201}}, "should be less than or equal to 200"),
             ({"recovery": {"waitForDonor": "half an hour"}}, "spec.recovery.waitForDonor in body should match"),
             (
                 {"recovery": {"heartbeatInterval": "5s", "heartbeatTimeout": "5s"}},
