@@ -26,7 +26,7 @@ from e2e.cluster.errors import CommandFailed
 from e2e.cluster.launch import REPOSITORY
 from e2e.cluster.machine_files import default_mounts
 from e2e.cluster.namespaces import NamespaceProvider
-from e2e.cluster.provider import Cluster
+from e2e.cluster.provider import Cluster, HostPort
 from e2e.cluster.timings import PATIENT
 from e2e.demo import installation, victim
 from e2e.demo.observation import NAME_LABEL, Observation, Pod, observe
@@ -41,8 +41,13 @@ T = TypeVar("T")
 
 NAME = "tiny"
 NAMESPACE = installation.NAMESPACE
-STREAMS = 6
-SAMPLING = Sampling(max_tokens=400)
+SPREAD = 4
+"""Streams through the Service, which spreads them by chance."""
+PINNED = 2
+"""Streams of each engine, so that the donor certainly serves two tenants. They are shorter: others go on when they
+end, and rows of batches move."""
+STREAMS = SPREAD + 2 * PINNED
+LONG, SHORT = Sampling(max_tokens=400), Sampling(max_tokens=250)
 STAGE = 0
 """Which stage is killed; the demo kills the other."""
 
@@ -89,8 +94,8 @@ class Killed:
     undisturbed: list[Stream]
     streams: list[Stream]
     victim: Pod
-    running: int
-    """Requests that the victim's instance was serving."""
+    running: dict[int, int]
+    """Requests that each instance was serving."""
     at: datetime
     seen: list[Observation]
     """From before the kill until all was whole again."""
@@ -104,17 +109,17 @@ class Killed:
 
 @pytest.fixture(scope="module")
 def killed(cluster: Cluster, ready: Observation) -> Killed:
-    host, port = cluster.forward(*installation.service_address(cluster, NAME))
-    url = f"http://{host}:{port}"
-    undisturbed = Traffic(url, prompts(STREAMS), SAMPLING)
-    assert undisturbed.wait(STREAMS_SECONDS), "the undisturbed streams did not end"
-
+    service = HostPort(*cluster.forward(*installation.service_address(cluster, NAME)))
     before = observe(cluster, NAMESPACE, NAME)
     stages = victim.candidates(cluster, before, STAGE, NAMESPACE)
     engines = victim.engine_ports(cluster, before)
-    traffic = Traffic(url, prompts(STREAMS), SAMPLING)
-    while traffic.least_tokens < SAMPLING.max_tokens // 8:
-        assert not traffic.wait(0.05), "the streams were over before all of them were in the middle"
+    undisturbed = start_streams(service, engines)
+    for traffic in undisturbed:
+        assert traffic.wait(STREAMS_SECONDS), "the undisturbed streams did not end"
+
+    disturbed = start_streams(service, engines)
+    while min(traffic.least_tokens for traffic in disturbed) < SHORT.max_tokens // 8:
+        assert not any(traffic.wait(0.02) for traffic in disturbed), "streams were over before all were in the middle"
     running = victim.running_requests(engines)
     chosen = stages[victim.busiest(running)]
     at = datetime.now(UTC)
@@ -128,8 +133,30 @@ def killed(cluster: Cluster, ready: Observation) -> Killed:
         return now.whole and recovery is not None and recovery.detected_at > at and recovery.restored_at is not None
 
     wait_for(cluster, NAMESPACE, NAME, "Ready, and not Degraded", whole, timeout_seconds=WHOLE_SECONDS)
-    assert traffic.wait(STREAMS_SECONDS), "the streams did not end"
-    return Killed(undisturbed.streams, traffic.streams, chosen.pod, running[chosen.pod.instance], at, seen)
+    for traffic in disturbed:
+        assert traffic.wait(STREAMS_SECONDS), "the streams did not end"
+    return Killed(all_of(undisturbed), all_of(disturbed), chosen.pod, running, at, seen)
+
+
+def start_streams(service: HostPort, engines: dict[int, HostPort]) -> list[Traffic]:
+    """Those of the Service, and those of each engine in turn; every prompt is another."""
+    texts = prompts(STREAMS)
+    starts = range(SPREAD, STREAMS, PINNED)
+    return [
+        Traffic(url(service), texts[:SPREAD], LONG),
+        *(
+            Traffic(url(engines[instance]), texts[start : start + PINNED], SHORT)
+            for instance, start in zip(sorted(engines), starts, strict=True)
+        ),
+    ]
+
+
+def url(address: HostPort) -> str:
+    return f"http://{address.host}:{address.port}"
+
+
+def all_of(traffics: list[Traffic]) -> list[Stream]:
+    return [stream for traffic in traffics for stream in traffic.streams]
 
 
 def get(cluster: Cluster, what: str, *options: str) -> Any:
@@ -176,14 +203,14 @@ class TestReadyObject:
 
 class TestKilledStage:
     def test_met_streams_in_the_middle(self, killed: Killed) -> None:
-        assert killed.running > 0
+        assert all(running >= PINNED for running in killed.running.values()), "the donor must serve two tenants"
         assert killed.recovery.requests_affected > 0
         assert killed.recovery.tokens_recomputed > 0
 
     @pytest.mark.parametrize("index", range(STREAMS))
     def test_changed_no_token_of_a_stream(self, killed: Killed, index: int) -> None:
         expected, stream = killed.undisturbed[index], killed.streams[index]
-        assert expected.complete and len(expected.tokens) == SAMPLING.max_tokens
+        assert expected.complete and len(expected.tokens) == (LONG if index < SPREAD else SHORT).max_tokens
         assert stream.error is None and stream.finish_reason == "length"
         assert stream.tokens == expected.tokens, compare(expected.tokens, stream.tokens)
 
