@@ -21,13 +21,18 @@ class Ask:
     sampling: Sampling
 
 
-def asks(count: int, *, tokens: int, prompt_tokens: int = 50, first: int = 0) -> list[Ask]:
+def asks(count: int, *, tokens: int, prompt_tokens: int = 50, first: int = 0, shorter: int = 0) -> list[Ask]:
+    """``shorter``: each asks for so many tokens less than the one before, so that a batch loses its rows one by one."""
     return [
         Ask(
             prompt=tuple((31 * index + 7 * place) % 200 + 20 for place in range(prompt_tokens + 9 * index)),
-            sampling=Sampling(tokens, 1.0, seed=1000 + index) if index % 2 else Sampling(tokens),
+            sampling=(
+                Sampling(tokens - shorter * turn, 1.0, seed=1000 + index)
+                if index % 2
+                else Sampling(tokens - shorter * turn)
+            ),
         )
-        for index in range(first, first + count)
+        for turn, index in enumerate(range(first, first + count))
     ]
 
 
