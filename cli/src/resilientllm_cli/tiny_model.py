@@ -45,6 +45,9 @@ ATTENTION_SCALE = 3.0
 """How loud attention is: standard deviation of what it adds to the residual stream, were it to read one token."""
 MLP_SCALE = 1.0
 """The same of the MLP, for gate and up projections of deviation 1."""
+ROPE_THETA = 200.0
+"""Low, so that all of a head turns within a short context: what a step reads depends on where it stands, and output
+goes on changing even where the prompt repeats itself. By trial: at llama's 10,000 more of such outputs loop."""
 LOGIT_SCALE = 6.0
 """Standard deviation of an output logit: at 6 the special tokens, at 0, are practically never sampled."""
 
@@ -59,7 +62,7 @@ class TinyModel:
     kv_heads: int = 2
     intermediate: int = 256
     max_model_len: int = 4096
-    seed: int = 0
+    seed: int = 1
 
     @property
     def head_size(self) -> int:
@@ -109,7 +112,7 @@ def _config(model: TinyModel) -> dict[str, Any]:
         "max_position_embeddings": model.max_model_len,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
+        "rope_theta": ROPE_THETA,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
