@@ -41,9 +41,11 @@ NODE_LOSS_TOLERATION_SECONDS = 30
 """How long a pod stays bound to a node that does not answer. Donors serve meanwhile, so there is no hurry to
 load weights elsewhere because of a short break; Kubernetes' own five minutes would be capacity lost for nothing."""
 
-_WRITABLE = "/tmp"
+_WRITABLE = "/scratch"
+"""Not /tmp: a volume there would hide what an image, or a development machine's mounts, have below it."""
 _DEFAULT_ENV = {
     # No passwd entry exists for the user id, and no home: libraries ask for both and write caches.
+    "TMPDIR": _WRITABLE,
     "HOME": f"{_WRITABLE}/home",
     "USER": "resilientllm",
     "LOGNAME": "resilientllm",
@@ -211,7 +213,7 @@ def _env_var(variable: EnvVar) -> Manifest:
 def _volumes(obj: ObjectView, slot: Slot) -> list[Manifest]:
     volumes: list[Manifest] = [
         {"name": "token", "secret": {"secretName": token_secret_name(obj.name), "defaultMode": 0o440}},
-        {"name": "tmp", "emptyDir": {}},
+        {"name": "scratch", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
     if slot.role is Role.ENGINE:
@@ -225,7 +227,7 @@ def _volumes(obj: ObjectView, slot: Slot) -> list[Manifest]:
 def _volume_mounts(obj: ObjectView, slot: Slot) -> list[Manifest]:
     mounts: list[Manifest] = [
         {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True},
-        {"name": "tmp", "mountPath": _WRITABLE},
+        {"name": "scratch", "mountPath": _WRITABLE},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
     if slot.role is Role.ENGINE:
