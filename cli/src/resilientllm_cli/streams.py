@@ -16,6 +16,9 @@ import openai
 Prompt = str | Sequence[int]
 """Text, or token ids."""
 
+ABORTED = "abort"
+"""What stock vLLM gives as the reason when it goes down with the stream: no error, and not all of the tokens."""
+
 RETRY_SECONDS = 0.05
 """Between attempts of a client that retries: often enough not to add to what it measures."""
 
@@ -89,6 +92,8 @@ async def run_stream(
     else:
         if stream.finish_reason is None:
             stream.error = "the stream ended without a finish reason"
+        elif stream.finish_reason == ABORTED:
+            stream.error = "the server ended the stream before its time"
     return stream
 
 
