@@ -15,7 +15,7 @@ from resilientllm_cli.streams import OnToken, Stream
 class KillRun:
     stage: int
     stalls_seconds: tuple[float, ...]
-    """Of each stream."""
+    """Of each stream that the kill met."""
     tokens: Tokens
     """Against the undisturbed run, over all streams."""
     errors: tuple[str, ...]
@@ -67,13 +67,20 @@ def judge(
 ) -> KillRun:
     return KillRun(
         stage=stage,
-        stalls_seconds=tuple(_stall_seconds(stream, disturbed) for stream in disturbed.streams),
+        stalls_seconds=tuple(
+            _stall_seconds(stream, disturbed) for stream in disturbed.streams if not _was_over(stream, disturbed)
+        ),
         tokens=total(
             compare(expected, stream.tokens) for expected, stream in zip(undisturbed, disturbed.streams, strict=True)
         ),
         errors=tuple(stream.error for stream in disturbed.streams if stream.error),
         phases_ms=phases_ms,
     )
+
+
+def _was_over(stream: Stream, disturbed: Disturbed) -> bool:
+    """A stream that had all its tokens before the kill says nothing of it. They are compared all the same."""
+    return stream.complete and stream.arrivals_seconds[-1] <= disturbed.killed_at_seconds
 
 
 def _stall_seconds(stream: Stream, disturbed: Disturbed) -> float:
