@@ -118,6 +118,9 @@ def _restart_stock(server: StockServer, settings: Settings, runs: list[KillRun],
             )
         )
         run = judge(stage, disturbed, undisturbed, {})
+        if not run.stalls_seconds:
+            say(f"restart {number}/{settings.restarts}: not counted, all streams were over before the kill")
+            continue
         runs.append(run)
         say(f"restart {number}/{settings.restarts} after a kill of stage {stage}: {_verdict(run)}")
 
