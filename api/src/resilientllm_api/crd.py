@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from resilientllm_api.durations import DURATION_PATTERN
 from resilientllm_api.engine_state import RecoveryKind
+from resilientllm_api.plan import ReplicationMode
 
 GROUP = "resilientllm.dev"
 VERSION = "v1alpha1"
@@ -167,13 +168,6 @@ class PodTemplate(CrdModel):
     node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)] | None = None
     """Nodes must carry these labels."""
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
-
-
-class ReplicationMode(StrEnum):
-    NONE = "None"
-    """A donor computes the KV cache of the requests that it takes over again, from their tokens."""
-    RING = "Ring"
-    """Every stage keeps copies of the KV blocks of the same stage of the instance before it."""
 
 
 class Replication(CrdModel):

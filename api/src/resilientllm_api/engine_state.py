@@ -57,6 +57,30 @@ class StageServing(Frozen):
     donors_connected: int = 0
 
 
+class ReplicationState(Frozen):
+    """How the copies of one place's sealed KV blocks stand, as the stage that serves it says."""
+
+    stage: Annotated[int, Field(ge=0)]
+    """The place of the pipeline."""
+    kept_by: StageId | None = None
+    """The stage that keeps the copies; None if there is none."""
+    healthy: bool = False
+    """Copies are kept, and they keep up."""
+    message: str = ""
+    """For people: why not."""
+    lag_tokens: int = 0
+    """Tokens in sealed blocks that no other stage has acknowledged."""
+    lag_seconds: float = 0.0
+    """How long the oldest of them has been waiting."""
+    sealed_blocks: int = 0
+    stored_blocks: int = 0
+    sent_blocks: int = 0
+    sent_bytes: int = 0
+    cancelled_blocks: int = 0
+    refused_blocks: int = 0
+    corrupt_blocks: int = 0
+
+
 class Recovery(Frozen):
     """One re-stitch. Times are measured on the engine's monotonic clock; ``detected_at`` is wall-clock, UTC."""
 
@@ -77,6 +101,10 @@ class Recovery(Frozen):
     """Requests that were running."""
     tokens_recomputed: int = 0
     """Tokens whose KV had to be computed again."""
+    tokens_recomputed_max: int = 0
+    """The most of them that one request had."""
+    tokens_kept: int = 0
+    """Tokens of these requests whose KV every stage of the new pipeline had."""
 
 
 class EngineState(Frozen):
@@ -91,6 +119,10 @@ class EngineState(Frozen):
     """New requests will be served now."""
     on_own_stages: bool = False
     stages: tuple[StageServing, ...] = ()
+    replication: tuple[ReplicationState, ...] = ()
+    """For every place of the pipeline; empty if the plan wants none."""
+    block_tokens: int = 0
+    """Tokens in a KV block; 0 until the KV cache is agreed."""
     recoveries: tuple[Recovery, ...] = ()
     """The last ten, oldest first."""
     recoveries_total: int = 0

@@ -6,6 +6,7 @@ file. An engine replaces its plan as a whole, and only by one of a higher ``vers
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -61,6 +62,15 @@ class Limits(Frozen):
         return self
 
 
+class ReplicationMode(StrEnum):
+    """Whether stages keep copies of each other's KV blocks."""
+
+    NONE = "None"
+    """A donor computes the KV cache of the requests that it takes over again, from their tokens."""
+    RING = "Ring"
+    """Every stage keeps copies of the KV blocks of the same stage of the instance before it."""
+
+
 class Plan(Frozen):
     """The plan of one instance."""
 
@@ -74,6 +84,7 @@ class Plan(Frozen):
     donors: tuple[tuple[StageRef, ...], ...]
     """For every stage the stages that may stand in, in order of preference."""
     limits: Limits = Limits()
+    replication: ReplicationMode = ReplicationMode.RING
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

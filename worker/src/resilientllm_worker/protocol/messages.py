@@ -1,10 +1,10 @@
-"""The messages of the command channel (engine and stage) and of the links (stage to stage).
+"""The messages of the command channel (engine and stage), of links and of replica channels (stage to stage).
 
 Every message that acts for an instance carries ``(term, epoch)``: a stage obeys only the highest it has seen, so
 that a late message of an older topology or of a replaced engine changes nothing. Who the message is for needs no
 field: a connection speaks for the one instance that its hello named.
 
-A frame on a connection is one message, and for `Activation` the tensors' own memory behind it.
+A frame on a connection is one message, and for `Activation` and `Replicas` the memory that it describes behind it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Stamp(NamedTuple):
@@ -130,6 +130,8 @@ class Stitch(_Struct):
     stamp: Stamp
     next_address: str | None
     """Where the next stage listens; None for the last stage."""
+    report_sealed: bool = False
+    """Say which sealed blocks this stage holds: it was not in the pipeline before."""
 
 
 class Stitched(_Struct):
@@ -137,6 +139,10 @@ class Stitched(_Struct):
     stamp: Stamp
     capacity_blocks: int
     """KV blocks this instance may use here."""
+    held_blocks: bytes = b""
+    """int32, little-endian: the instance's sealed blocks whose content is here, if the stitch asked for them."""
+    held_numbers: bytes = b""
+    """int64, little-endian: for each of them the number of the seal that it was stored under."""
 
 
 class Release(_Struct):
@@ -162,12 +168,133 @@ class Heartbeat(_Struct):
     """How long the step at hand has been running; 0 when idle."""
     has_kv: bool
     """The KV cache is allocated, so the stage could serve at once."""
+    replication: ReplicationReport | None = None
+    """Of the instance whose engine gets this; None if this stage does not serve it."""
 
 
 class StageFailing(_Struct):
     """The stage met an error that it cannot serve after, and exits."""
 
     reason: str
+
+
+# --- replication ----------------------------------------------------------------------------------------------
+
+
+class Seal(_Struct):
+    """One KV block that is full and computed on every stage: its content stays until a step writes the block again."""
+
+    number: int
+    """Names this content of this block, from 1 upward; never used again within a term."""
+    block: int
+    """The engine's id of the block."""
+    parent: int
+    """The number of the block before it in the same context; 0 for the first. Without it this one is of no use."""
+    depth: int
+    """How many blocks are before it in its context."""
+    owner: int
+    """The request that filled it, as a number within the term."""
+    key: bytes
+    """vLLM's content hash of all tokens up to the end of this block: equal content has an equal key anywhere."""
+
+
+class Sealed(_Struct):
+    """Tells a serving stage which blocks were sealed since the last such message; before any step that reuses one."""
+
+    stamp: Stamp
+    seals: list[Seal]
+    ended: list[int]
+    """Owners that have ended: their blocks are worth less than those of the others."""
+
+
+class ReplicateTo(_Struct):
+    """Tells a serving stage where this instance's sealed blocks are to be kept from now on; None for nowhere."""
+
+    stamp: Stamp
+    address: str | None
+
+
+class Forget(_Struct):
+    """Tells a stage that the engine has no use for the sealed content of these blocks."""
+
+    stamp: Stamp
+    blocks: bytes
+    """int32, little-endian."""
+
+
+class ReplicationReport(_Struct):
+    """How the replication of one instance's blocks by one stage goes. Counts are since the stage served it first."""
+
+    address: str
+    """Where to; empty for nowhere."""
+    connected: bool
+    block_bytes: int
+    sealed_blocks: int
+    """Blocks with sealed content here, now."""
+    stored_blocks: int
+    """Those of them that the other stage has acknowledged and not dropped since."""
+    lag_blocks: int
+    """Those of them that are to be sent, or sent and not acknowledged. Blocks that were refused for want of room are
+    neither stored nor lagging."""
+    lag_seconds: float
+    """Since when the oldest of these has been waiting."""
+    sent_blocks: int
+    sent_bytes: int
+    cancelled_blocks: int
+    """Reused before they were sent."""
+    refused_blocks: int
+    """The other stage had no room, or dropped them later."""
+    corrupt_blocks: int
+    """Arrived with another checksum than they were sent with."""
+
+
+class ReplicaHello(_Struct):
+    """First message of a stage that wants its sealed blocks of ``instance`` kept; answered by `ReplicaWelcome`."""
+
+    protocol: int
+    instance: int
+    stage: int
+    stamp: Stamp
+    layout: str
+    """Whatever both sides' blocks must have in common for one's bytes to be the other's."""
+    block_bytes: int
+
+
+class ReplicaWelcome(_Struct):
+    """What is kept already of this instance, and of use if the numbers are still valid."""
+
+    refusal: str
+    """Why nothing can be kept here; empty if it can."""
+    held_blocks: bytes
+    held_numbers: bytes
+
+
+class Replicas(_Struct):
+    """Sealed blocks to keep, with their content behind it in this order. Answered by `ReplicasKept`."""
+
+    seals: list[Seal]
+    checksums: list[int]
+    """XXH3, 64 bits, of each block's content."""
+    void: list[int]
+    """Blocks whose kept content, if any, is of no use any more. They come before ``seals``."""
+    ended: list[int]
+    """Owners that have ended."""
+    body_bytes: int
+
+
+class ReplicasKept(_Struct):
+    """What became of one `Replicas`, and of earlier ones since."""
+
+    stored: list[int]
+    """Seal numbers."""
+    refused: list[int]
+    """No room, or the parent is not here."""
+    corrupt: list[int]
+    """The checksum did not fit."""
+    dropped: list[int]
+    """Stored earlier, and given up since for something more useful."""
+    room: int
+    """Blocks that could be stored now without dropping any."""
 
 
 # --- steps ----------------------------------------------------------------------------------------------------
@@ -287,4 +414,11 @@ Message = (
     | StepResult
     | StepFailed
     | Activation
+    | Sealed
+    | ReplicateTo
+    | Forget
+    | ReplicaHello
+    | ReplicaWelcome
+    | Replicas
+    | ReplicasKept
 )
