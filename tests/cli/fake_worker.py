@@ -15,6 +15,7 @@ import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 
 def parse() -> argparse.Namespace:
@@ -37,7 +38,13 @@ def answer(arguments: argparse.Namespace, authorization: str | None) -> dict[str
         "phase": "Serving" if whole else "Degraded",
         "serving": True,
         "onOwnStages": whole,
+        "replication": [] if plan["replication"] == "None" else [keeping(plan, place) for place in plan["stages"]],
     }
+
+
+def keeping(plan: dict[str, Any], place: dict[str, Any]) -> dict[str, object]:
+    stage = place["id"]["stage"]
+    return {"stage": stage, "keptBy": plan["donors"][stage][0]["id"], "healthy": True, "lagSeconds": 0.25 * stage}
 
 
 def listens(address: str) -> bool:

@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from resilientllm_api.plan import ReplicationMode
 from resilientllm_cli.errors import UsageError
-from resilientllm_cli.local import ClusterFailed, Layout, LocalCluster
+from resilientllm_cli.local import ClusterFailed, Layout, LocalCluster, preflight
+from resilientllm_cli.local.layout import Files
+from resilientllm_cli.local.state import read
 from resilientllm_cli.local.view import transitions
 from resilientllm_cli.main import run
 from resilientllm_cli.supervise import warden
@@ -39,6 +43,36 @@ def test_it_is_ready_and_its_state_file_says_where_everything_is(
         ]
         assert all({"pid", "address"} <= set(stage) for stage in said["stages"])
         assert cluster.files.token.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("words", "mode"), [((), "Ring"), (("--replication", "none"), "None")])
+def test_replication_goes_into_every_plan(
+    tiny_model: Path,
+    tmp_path: Path,
+    fake_executables: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    mode: str,
+) -> None:
+    def enough(cluster: LocalCluster) -> None:
+        raise ClusterFailed("seen enough")
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(preflight, "executables", lambda: fake_executables)
+    monkeypatch.setattr(LocalCluster, "check", enough)
+    assert run(["local", "up", "--model", str(tiny_model), "--port", "0", "--directory", str(tmp_path), *words]) == 2
+    plans = [json.loads(Files(tmp_path).plan(instance).read_text()) for instance in (0, 1)]
+    assert [plan["replication"] for plan in plans] == [mode, mode]
+
+
+def test_it_shows_how_far_copies_are_behind(layout: Layout, fake_executables: dict[str, str]) -> None:
+    with LocalCluster(layout, executables=fake_executables) as cluster:
+        now = cluster.wait_ready(30)
+        assert [engine.lag_seconds for engine in now.engines] == [0.2, 0.2]
+        assert read(cluster.files.state) == now
+    without = replace(layout, replication=ReplicationMode.NONE)
+    with LocalCluster(without, executables=fake_executables) as cluster:
+        assert [engine.lag_seconds for engine in cluster.wait_ready(30).engines] == [None, None]
 
 
 def test_a_killed_stage_comes_back_at_the_same_address(layout: Layout, fake_executables: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from resilientllm_api.plan import Limits, Plan, StageId, StageRef
+from resilientllm_api.plan import Limits, Plan, ReplicationMode, StageId, StageRef
 
 
 def donors_of(stage: StageId, instances: int) -> tuple[StageId, ...]:
@@ -15,7 +15,13 @@ def donors_of(stage: StageId, instances: int) -> tuple[StageId, ...]:
 
 
 def make_plans(
-    name: str, version: int, instances: int, stages: int, addresses: Mapping[StageId, str], limits: Limits
+    name: str,
+    version: int,
+    instances: int,
+    stages: int,
+    addresses: Mapping[StageId, str],
+    limits: Limits,
+    replication: ReplicationMode = ReplicationMode.RING,
 ) -> dict[int, Plan]:
     """One plan for every instance all of whose own stages have an address; donors without one are left out."""
     plans: dict[int, Plan] = {}
@@ -37,5 +43,6 @@ def make_plans(
                 for stage in own
             ),
             limits=limits,
+            replication=replication,
         )
     return plans

@@ -20,7 +20,7 @@ from typing import Self
 
 from resilientllm_api.engine_state import EngineState
 from resilientllm_api.pairing import make_plans
-from resilientllm_api.plan import Limits, StageId
+from resilientllm_api.plan import Limits, ReplicationMode, StageId
 
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.local import environment, observe, ports, preflight, state
@@ -128,7 +128,8 @@ class LocalCluster:
         with os.fdopen(descriptor, "w") as token_file:
             token_file.write(self._token)
         addresses = {stage: at.address for stage, at in self.endpoints.stages.items()}
-        plans = make_plans(NAME, 1, self.layout.instances, self.layout.stages, addresses, self._limits)
+        layout = self.layout
+        plans = make_plans(NAME, 1, layout.instances, layout.stages, addresses, self._limits, layout.replication)
         for instance, plan in plans.items():
             path = files.plan(instance)
             path.parent.mkdir(exist_ok=True)
@@ -304,6 +305,7 @@ def local_cluster(
     extra_flags: Sequence[str] = (),
     stage_flags: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    replication: ReplicationMode = ReplicationMode.RING,
     limits: Limits | None = None,
 ) -> LocalCluster:
     """``extra_flags`` are vLLM's, for stages and engines; ``port`` 0 chooses free ports."""
@@ -318,5 +320,6 @@ def local_cluster(
         extra_flags=tuple(extra_flags),
         stage_flags=tuple(stage_flags),
         env=env or {},
+        replication=replication,
     )
     return LocalCluster(layout, limits=limits)

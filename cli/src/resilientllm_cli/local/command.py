@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from resilientllm_api.plan import ReplicationMode
 from rich.console import Console
 from rich.live import Live
 
@@ -24,6 +25,7 @@ from resilientllm_cli.local.preflight import RUNNERS
 from resilientllm_cli.local.state import LocalState
 
 DEFAULT_DIRECTORY = Path("build/local")
+REPLICATION = {"ring": ReplicationMode.RING, "none": ReplicationMode.NONE}
 DOWN_TIMEOUT_SECONDS = 60.0
 
 
@@ -40,6 +42,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     up_parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks of a stage")
     up_parser.add_argument("--port", type=int, default=8000, help="of engine 0; engine i serves on PORT + i")
     up_parser.add_argument("--runner", choices=RUNNERS, default="v1", help="vLLM's model runner")
+    up_parser.add_argument(
+        "--replication",
+        choices=REPLICATION,
+        default="ring",
+        help="ring: every stage keeps copies of another instance's KV blocks (default); none: it keeps none",
+    )
     up_parser.add_argument("--env", metavar="K=V", action="append", default=[], help="for the processes; repeatable")
     _add_directory(up_parser)
     up_parser.set_defaults(run=up)
@@ -65,6 +73,7 @@ def up(arguments: argparse.Namespace) -> int:
         port=arguments.port,
         directory=arguments.directory,
         runner=arguments.runner,
+        replication=REPLICATION[arguments.replication],
         extra_flags=tuple(arguments.passed_on),
         env=dict(_assignment(text) for text in arguments.env),
     )

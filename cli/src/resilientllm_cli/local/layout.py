@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from resilientllm_api.plan import StageId
+from resilientllm_api.plan import ReplicationMode, StageId
 
 from resilientllm_cli.supervise.supervisor import Program
 
@@ -26,6 +26,7 @@ class Layout:
     """Of engine 0; engine i serves on ``port + i``. 0: any free ones."""
     directory: Path = Path("build/local")
     runner: str = "v1"
+    replication: ReplicationMode = ReplicationMode.RING
     extra_flags: tuple[str, ...] = ()
     """Of ``vllm serve``, for stages and engines alike."""
     stage_flags: tuple[str, ...] = ()

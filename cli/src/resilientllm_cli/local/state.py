@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from resilientllm_api.engine_state import EnginePhase, EngineState
+from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState
 from resilientllm_api.plan import StageId
 
 from resilientllm_cli.local.layout import Endpoints, EngineEndpoints, engine_name, stage_name
@@ -27,6 +27,8 @@ class EngineEntry:
     on_own_stages: bool
     """And clients are served."""
     restarts: int
+    lag_seconds: float | None = None
+    """How far the copies of its KV blocks are behind, where it is worst; None where a place has nobody to keep them."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,15 @@ def _engine_entry(
         message=heard.message if heard else "",
         on_own_stages=answers and heard is not None and heard.serving and heard.on_own_stages,
         restarts=status.restarts,
+        lag_seconds=_lag_seconds(heard.replication) if heard else None,
     )
+
+
+def _lag_seconds(places: Collection[ReplicationState]) -> float | None:
+    if not places or any(place.kept_by is None for place in places):
+        return None
+    # To a tenth: every change of the state is written to its file.
+    return round(max(place.lag_seconds for place in places), 1)
 
 
 def _stage_entries(

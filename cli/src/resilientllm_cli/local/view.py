@@ -18,7 +18,7 @@ def table(state: LocalState) -> Table:
     view = Table(
         title="every instance runs on its own stages" if state.ready else "not yet whole", title_justify="left"
     )
-    for heading in ("what", "phase", "pid", "at", "restarts", ""):
+    for heading in ("what", "phase", "pid", "at", "restarts", "replica lag", ""):
         view.add_column(heading)
     for engine in state.engines:
         view.add_row(
@@ -27,6 +27,7 @@ def table(state: LocalState) -> Table:
             str(engine.pid or "-"),
             engine.url,
             str(engine.restarts),
+            "-" if engine.lag_seconds is None else f"{engine.lag_seconds:g} s",
             engine.message,
         )
     for stage in state.stages:
@@ -36,6 +37,7 @@ def table(state: LocalState) -> Table:
             str(stage.pid or "-"),
             stage.address,
             str(stage.restarts),
+            "",
             "",
         )
     return view
