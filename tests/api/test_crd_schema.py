@@ -70,5 +70,11 @@ def test_the_columns_answer_what_a_person_asks_at_night() -> None:
     assert names == ["Ready", "Reason", "Instances", "Degraded", "Last Recovery", "Age"]
 
 
+def test_replication_is_on_by_default_with_a_pool_as_large_as_the_home() -> None:
+    replication = crd_schema.openapi_schema()["properties"]["spec"]["properties"]["replication"]
+    assert replication["default"] == {"mode": "Ring", "poolPercent": 100, "topologyKey": "kubernetes.io/hostname"}
+    assert {name: field["default"] for name, field in replication["properties"].items()} == replication["default"]
+
+
 def test_the_file_is_one_plain_document() -> None:
     assert yaml.safe_load(COMMITTED.read_text())["metadata"]["name"] == "resilientllms.resilientllm.dev"

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from resilientllm_api.crd import ResilientLLMSpec, ResilientLLMStatus
-from resilientllm_api.engine_state import EnginePhase, EngineState, StageServing
+from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState, StageServing
 from resilientllm_api.plan import StageId
 from resilientllm_operator.actions import Action, ApplyEndpoints, ApplyService, WriteStatus
 from resilientllm_operator.decide import decide
@@ -67,9 +67,10 @@ def pod(owner: ObjectView, slot: Slot, **changes: Any) -> PodView:
 
 
 def engine_state(instance: int, stages: int = 2, **changes: Any) -> EngineState:
-    """An engine that serves on its own stages."""
+    """An engine that serves on its own stages, whose KV blocks another instance's keep."""
     serving = tuple(
-        StageServing(stage=k, served_by=StageId(instance=instance, stage=k), own_connected=True) for k in range(stages)
+        StageServing(stage=k, served_by=StageId(instance=instance, stage=k), own_connected=True, donors_connected=1)
+        for k in range(stages)
     )
     state = EngineState(
         instance=instance,
@@ -79,8 +80,22 @@ def engine_state(instance: int, stages: int = 2, **changes: Any) -> EngineState:
         serving=True,
         on_own_stages=True,
         stages=serving,
+        replication=tuple(keeping(instance, k) for k in range(stages)),
+        block_tokens=16,
     )
     return state.model_copy(update=changes)
+
+
+def keeping(instance: int, place: int, **changes: Any) -> ReplicationState:
+    """A place whose KV blocks are kept by the stage of another instance, without lag."""
+    keeper = StageId(instance=(instance + 1) % 2, stage=place)
+    return ReplicationState(stage=place, kept_by=keeper, healthy=True).model_copy(update=changes)
+
+
+def with_place(state: EngineState, place: int, **changes: Any) -> EngineState:
+    """Changes how one place of an engine is replicated."""
+    places = tuple(each.model_copy(update=changes) if each.stage == place else each for each in state.replication)
+    return state.model_copy(update={"replication": places})
 
 
 def borrowed(instance: int, stage: int, donor: int, stages: int = 2, **changes: Any) -> EngineState:
@@ -93,7 +108,8 @@ def borrowed(instance: int, stage: int, donor: int, stages: int = 2, **changes: 
         for each in state.stages
     )
     degraded = {"phase": EnginePhase.DEGRADED, "on_own_stages": False, "stages": serving}
-    return state.model_copy(update=degraded | changes)
+    nobody = with_place(state, stage, kept_by=None, healthy=False, message=f"no other stage {stage} can keep copies")
+    return nobody.model_copy(update=degraded | changes)
 
 
 def answering(state: EngineState, engine_pod: PodView, verified: bool = True) -> EngineView:

@@ -152,6 +152,7 @@ class TestPlan:
         assert [str(ref.id) for ref in plans[0].donors[1]] == ["1.1"]
         assert plans[0].name == "default/tiny"
         assert plans[0].limits.wait_for_donor_seconds == 30
+        assert plans[0].replication == "Ring"
 
     def test_is_written_down_before_it_is_published(self) -> None:
         world = with_engine(with_pods(new_world()), 0, engine_state(0, plan_version=0))
@@ -168,6 +169,13 @@ class TestPlan:
         publications = of_type(decided(world), PublishPlan)
         assert [(p.plan.instance, p.plan.version) for p in publications] == [(0, 2), (1, 2)]
         assert status_of(world).plan != world.object.status.plan
+
+    def test_a_change_of_replication_is_published_and_restarts_nothing(self) -> None:
+        world = with_spec(healthy_world(), replication={"mode": "None"})
+        publications = of_type(decided(world), PublishPlan)
+        assert [(p.plan.version, p.plan.replication) for p in publications] == [(2, "None"), (2, "None")]
+        assert created(world) == deleted(world) == []
+        assert condition(world, "Progressing")[:2] == ("False", "AsSpecified")
 
     def test_keeps_the_address_of_a_lost_stage_until_the_next_one_has_an_address(self) -> None:
         lost = with_pod(healthy_world(), stage(0, 1), leaving=True)

@@ -37,6 +37,7 @@ BORROW = Recovery(
     phases_ms={"fence": 2.0, "stitch": 5.0, "rollBack": 10.0, "resume": 70.0, "total": 87.4},
     requests=3,
     tokens_recomputed=120,
+    tokens_kept=640,
 )
 SWAP_BACK = Recovery(
     id="r2",
@@ -81,7 +82,7 @@ class TestABorrowedStage:
         assert (last.instance, last.stages, last.reason, last.donor) == (0, (1,), "ConnectionReset", "1.1")
         assert last.phases["total"] == 87.4
         assert last.took == "87ms"
-        assert (last.requests_affected, last.tokens_recomputed) == (3, 120)
+        assert (last.requests_affected, last.tokens_recomputed, last.tokens_kept) == (3, 120, 640)
         assert last.restored_at is None
 
     def test_shows_who_serves(self) -> None:
@@ -90,15 +91,17 @@ class TestABorrowedStage:
         assert [each.served_by for each in instance.stages] == ["0.0", "1.1"]
 
     def test_is_announced_once(self) -> None:
-        (event,) = of_type(decided(borrowing()), Announce)
+        event, unhealthy = of_type(decided(borrowing()), Announce)
         assert event.reason == "Borrowed" and event.warning
         assert "Stage 0.1 was lost (ConnectionReset); 1.1 stands in. It took 87ms" in event.note
+        assert "120 tokens were computed again, 640 were kept" in event.note
+        assert unhealthy.reason == "ReplicationUnhealthy"
         assert events(settled(borrowing())) == []
 
     def test_is_announced_when_it_is_over(self) -> None:
         unfinished = BORROW.model_copy(update={"resumed_at": None, "phases_ms": {}})
         world = with_engine(healthy_world(), 0, borrowed(0, 1, donor=1, recoveries=(unfinished,)))
-        assert events(world) == []
+        assert events(world) == ["ReplicationUnhealthy"]
         assert events(with_engine(settled(world), 0, borrowed(0, 1, donor=1, recoveries=(BORROW,)))) == ["Borrowed"]
 
     def test_without_a_donor_is_announced_as_what_it_was(self) -> None:
@@ -120,7 +123,7 @@ class TestAStageThatComesBack:
         assert [each.kind for each in status_of(restored()).recoveries] == ["Borrow", "SwapBack"]
 
     def test_is_announced(self) -> None:
-        assert events(restored()) == ["SwappedBack"]
+        assert events(restored()) == ["SwappedBack", "ReplicationHealthy"]
 
 
 class TestALossWithoutADonor:
@@ -141,7 +144,7 @@ class TestALossWithoutADonor:
         assert condition(self.world(), "Degraded")[:2] == ("True", "StageLost")
 
     def test_is_announced(self) -> None:
-        assert events(self.world()) == ["StageLost"]
+        assert events(self.world()) == ["StageLost", "ReplicationUnhealthy"]
 
 
 class TestALostEngine:
@@ -155,7 +158,7 @@ class TestALostEngine:
     def test_is_announced_and_so_is_its_return(self) -> None:
         lost = silent(healthy_world(), 0)
         assert events(lost) == ["InstanceLost"]
-        assert events(with_engine(settled(lost), 0, engine_state(0))) == ["InstanceReady"]
+        assert events(with_engine(settled(lost), 0, engine_state(0))) == ["InstanceReady", "ReplicationHealthy"]
 
     def test_leaves_its_recoveries_in_the_record(self) -> None:
         lost = silent(settled(borrowing()), 0)

@@ -155,9 +155,9 @@ class TestInvalidObjects:
             ({"model": {}}, "set either model.path (a folder in the pod) or model.name"),
             ({"model": {"path": "/m", "name": "org/m"}}, "set either model.path (a folder in the pod) or model.name"),
             ({"model": {"path": "models/tiny"}}, "spec.model.path in body should match"),
-            ({"replication": {"mode": "Ring"}}, "replication.mode Ring is not implemented yet: use None"),
             ({"replication": {"mode": "Sometimes"}}, 'supported values: "None", "Ring"'),
             ({"replication": {"poolPercent": 201}}, "should be less than or equal to 200"),
+            ({"replication": {"poolPercent": 0}}, "should be greater than or equal to 5"),
             ({"recovery": {"waitForDonor": "half an hour"}}, "spec.recovery.waitForDonor in body should match"),
             (
                 {"recovery": {"heartbeatInterval": "5s", "heartbeatTimeout": "5s"}},
@@ -199,7 +199,7 @@ class TestObjects:
         apply(cluster, manifest())
         spec = read(cluster, "rllm/tiny")["spec"]
         assert spec["recovery"] == {"waitForDonor": "30s", "heartbeatInterval": "250ms", "heartbeatTimeout": "3s"}
-        assert spec["replication"] == {"mode": "None", "topologyKey": "kubernetes.io/hostname"}
+        assert spec["replication"] == {"mode": "Ring", "poolPercent": 100, "topologyKey": "kubernetes.io/hostname"}
         assert (spec["tensorParallelSize"], spec["service"]) == (1, {"port": 80})
 
     def test_are_explained(self, cluster: Cluster) -> None:

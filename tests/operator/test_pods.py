@@ -34,6 +34,10 @@ def test_the_stage_command() -> None:
     ]
 
 
+def test_the_pool_is_as_large_as_the_home_unless_the_spec_says_otherwise() -> None:
+    assert "--pool-fraction=1.0" in container(stage(1, 0))["command"]
+
+
 def test_the_engine_command() -> None:
     assert container(engine(1), args=["--max-model-len=64"])["command"] == [
         "resilientllm-engine",

@@ -173,20 +173,19 @@ class PodTemplate(CrdModel):
 class Replication(CrdModel):
     """What stages keep for the instances that they may have to stand in for."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validated(
-            rule(
-                "self.mode == 'None'",
-                "replication.mode Ring is not implemented yet: use None (running requests survive the loss of a "
-                "stage, their KV cache is computed again)",
-            )
-        )
-    )
-
-    mode: ReplicationMode = ReplicationMode.NONE
-    """None: recompute. Ring: keep copies of KV blocks (not implemented yet)."""
-    pool_percent: Annotated[int, Field(ge=5, le=200)] | None = None
-    """KV blocks for a guest, in percent of those for the stage's own instance. Default: the worker's own, 100."""
+    mode: ReplicationMode = ReplicationMode.RING
+    """Ring: every stage sends its full KV blocks, beside the work, to the same stage of the next instance, which keeps
+    them in its pool. When a stage is lost, the donor has them already: only what was not copied yet, and what is not a
+    full block, is computed again. It costs the pool's GPU memory, about as many bytes on the network as KV cache is
+    made, and a little CPU; a step never waits for it. Needs at least 2 instances. None: no copies; a donor computes the
+    KV cache of the requests that it takes over again, from their tokens. A change restarts nothing."""
+    pool_percent: Annotated[int, Field(ge=5, le=200)] = 100
+    """The pool of a stage: KV blocks beside those for its own instance, in percent of these. The KV memory of the stage
+    is divided between both, so with 100 half of it is the pool. It holds the copies, and a guest is served from it, so
+    it is needed with mode None too. 100: it can hold all KV blocks of another instance, so a donor serves a guest at
+    full capacity. Less: the heads of contexts are kept first, and the engine of a guest limits itself to what the donor
+    can hold. Never less than one request of the greatest length needs. A change replaces the pods, one instance at a
+    time."""
     topology_key: Annotated[str, Field(min_length=1, max_length=253)] = "kubernetes.io/hostname"
     """The node label that names a failure domain: two copies of the same stage are never in the same one."""
 
@@ -285,6 +284,8 @@ class ConditionType(StrEnum):
     """Something that served is lost: a donor stands in, or an instance is down."""
     PROGRESSING = "Progressing"
     """The operator works on it, or waits for the cluster. False: done, or it waits for a person."""
+    REPLICATION_HEALTHY = "ReplicationHealthy"
+    """Every place's KV blocks are kept by a second stage. Says what a loss would cost; Ready does not depend on it."""
 
 
 class ConditionStatus(StrEnum):
@@ -315,6 +316,10 @@ class StageStatus(CrdModel):
     """The pod has loaded its weights."""
     served_by: str | None = None
     """The stage that does the work now, as instance.stage: the own one, or a donor."""
+    kept_by: str | None = None
+    """The stage that keeps copies of the KV blocks that are made there, as instance.stage; absent if nobody does."""
+    lag_seconds: int | None = None
+    """How long the oldest full KV block has been waiting to be copied, rounded down to 0 or a power of two."""
 
 
 class InstancePhase(StrEnum):
@@ -383,6 +388,9 @@ class RecoveryStatus(CrdModel):
     """The total, for people."""
     requests_affected: int = 0
     tokens_recomputed: int = 0
+    """Tokens of these requests whose KV cache had to be computed again."""
+    tokens_kept: int = 0
+    """Tokens of these requests whose KV cache was there: with the survivors, and as copies with the donor."""
 
 
 class PlanStatus(CrdModel):

@@ -95,7 +95,11 @@ def _column(name: str, path: str, kind: str = "string", priority: int = 0, descr
 
 
 def custom_resource_definition() -> Schema:
-    ready, degraded = crd.ConditionType.READY, crd.ConditionType.DEGRADED
+    ready, degraded, replication = (
+        crd.ConditionType.READY,
+        crd.ConditionType.DEGRADED,
+        crd.ConditionType.REPLICATION_HEALTHY,
+    )
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -127,6 +131,7 @@ def custom_resource_definition() -> Schema:
                         _column("Instances", ".status.ready", description="Instances that serve, of those asked for"),
                         _column("Degraded", _condition(degraded, "status")),
                         _column("Last Recovery", ".status.lastRecovery.took", description="How long it took"),
+                        _column("Replication", _condition(replication, "reason"), priority=1),
                         _column("Endpoint", ".status.endpoint", priority=1),
                         _column("Message", _condition(ready, "message"), priority=1),
                         _column("Age", ".metadata.creationTimestamp", kind="date"),

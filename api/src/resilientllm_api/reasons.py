@@ -41,6 +41,22 @@ class Reason(StrEnum):
     ENGINE_LOST = "EngineLost"
     """The engine of an instance does not answer."""
 
+    # Of ReplicationHealthy.
+    REPLICATING = "Replicating"
+    """KV blocks of every place are kept by a second stage, and the copies keep up."""
+    NO_KEEPER = "NoKeeper"
+    """Fewer than two stages with the same weights live, so nobody can keep copies of their KV blocks."""
+    NOT_REPLICATING = "NotReplicating"
+    """A second stage lives, but does not get the copies: it has no KV cache yet, or is not reached."""
+    LAGGING = "Lagging"
+    """Copies are made, but more slowly than KV blocks."""
+    NOT_SUPPORTED = "NotSupported"
+    """These stages or this model cannot replicate: several ranks in a stage, or several KV cache groups."""
+    ENGINE_SILENT = "EngineSilent"
+    """An engine does not answer or has not attached, so it is not known whether copies are kept."""
+    DISABLED = "Disabled"
+    """Replication is switched off in the spec."""
+
     # A person must help.
     CONFIGURATION_REJECTED = "ConfigurationRejected"
     """A process found that it cannot work as configured. No such pod is made until the spec changes."""
@@ -79,3 +95,7 @@ class EventReason(StrEnum):
     """A lost stage came back, and nobody else had stood in."""
     SWAPPED_BACK = "SwappedBack"
     """The instance's own stage is back in its place."""
+    REPLICATION_HEALTHY = "ReplicationHealthy"
+    """KV blocks of every place are kept by a second stage now."""
+    REPLICATION_UNHEALTHY = "ReplicationUnhealthy"
+    """KV blocks of a place are not kept by a second stage any more, or their copies lag."""

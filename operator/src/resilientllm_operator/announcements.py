@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from resilientllm_api.crd import Condition, ConditionType, InstancePhase, InstanceStatus, ResilientLLMStatus
+from resilientllm_api.crd import (
+    Condition,
+    ConditionStatus,
+    ConditionType,
+    InstancePhase,
+    InstanceStatus,
+    ResilientLLMStatus,
+)
 from resilientllm_api.engine_state import RecoveryKind
 from resilientllm_api.reasons import EventReason, Reason
 
@@ -31,6 +38,7 @@ def announcements(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iter
     for instance in after.instances:
         yield from _instance(old.get(instance.instance), instance)
     yield from _troubles(before, after)
+    yield from _replication(before, after)
 
 
 def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
@@ -48,7 +56,7 @@ def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterat
             EventReason.BORROWED if each.donor else EventReason.STAGE_RETURNED,
             f"Stage {places} was lost ({each.reason or 'reason unknown'}); {who}. It took "
             f"{each.took or 'an unknown time'}; {each.requests_affected} running requests were affected, "
-            f"{each.tokens_recomputed} tokens were computed again.",
+            f"{each.tokens_recomputed} tokens were computed again, {each.tokens_kept} were kept.",
             warning=True,
         )
 
@@ -69,11 +77,23 @@ def _instance(before: InstanceStatus | None, after: InstanceStatus) -> Iterator[
 
 
 def _troubles(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
-    now = _progressing(after)
-    then = _progressing(before)
+    now = _condition(after, ConditionType.PROGRESSING)
+    then = _condition(before, ConditionType.PROGRESSING)
     if now is not None and now.reason in NEEDS_A_PERSON and (then is None or then.reason != now.reason):
         yield Announce(now.reason, now.message, warning=True)
 
 
-def _progressing(status: ResilientLLMStatus) -> Condition | None:
-    return next((each for each in status.conditions if each.type == ConditionType.PROGRESSING), None)
+def _replication(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
+    now = _condition(after, ConditionType.REPLICATION_HEALTHY)
+    then = _condition(before, ConditionType.REPLICATION_HEALTHY)
+    if now is None or (then is not None and then.status == now.status):
+        return
+    if now.status is ConditionStatus.TRUE:
+        yield Announce(EventReason.REPLICATION_HEALTHY, now.message)
+    elif now.status is ConditionStatus.FALSE and now.reason != Reason.DISABLED:
+        # Who switched it off need not be warned of it.
+        yield Announce(EventReason.REPLICATION_UNHEALTHY, now.message, warning=True)
+
+
+def _condition(status: ResilientLLMStatus, kind: ConditionType) -> Condition | None:
+    return next((each for each in status.conditions if each.type == kind), None)

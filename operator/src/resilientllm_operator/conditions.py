@@ -1,13 +1,13 @@
 """The conditions of a ResilientLLM. Pure.
 
-``Ready`` and ``Available`` say what a client gets, ``Degraded`` what was lost of it, and ``Progressing`` whether
-waiting helps. None of them is inferred from another: each is computed from the instances and the troubles.
+``Ready`` and ``Available`` say what a client gets, ``Degraded`` what was lost of it, ``Progressing`` whether waiting
+helps, and ``ReplicationHealthy`` (:mod:`replication`) what the next loss would cost. None of them is inferred from
+another: each is computed from the instances and the troubles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 from resilientllm_api.crd import (
@@ -22,18 +22,13 @@ from resilientllm_api.reasons import Reason
 
 from resilientllm_operator.capacity import is_outdated
 from resilientllm_operator.names import slots
+from resilientllm_operator.replication import replication_healthy
 from resilientllm_operator.trouble import Trouble
+from resilientllm_operator.verdict import Verdict
 from resilientllm_operator.world import World
 
+_STATUSES = {True: ConditionStatus.TRUE, False: ConditionStatus.FALSE, None: ConditionStatus.UNKNOWN}
 _ATTACHING = {InstancePhase.STARTING, InstancePhase.VERIFYING}
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    type: ConditionType
-    status: bool
-    reason: Reason
-    message: str
 
 
 def conditions(
@@ -44,11 +39,12 @@ def conditions(
         _available(instances, troubles),
         _degraded(instances, troubles),
         _progressing(world, instances, troubles),
+        replication_healthy(world),
     )
     return tuple(_condition(world, verdict, now) for verdict in verdicts)
 
 
-def _ready(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+def _ready(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> Verdict:
     if all(instance.serving for instance in instances):
         served = f"{_count(len(instances), 'instance')} of {_count(world.object.spec.stages, 'stage')} each"
         hint = (
@@ -56,25 +52,25 @@ def _ready(world: World, instances: Sequence[InstanceStatus], troubles: Sequence
             if len(instances) > 1
             else " With one instance nobody can stand in for a lost stage: set spec.instances to 2 or more."
         )
-        return _Verdict(ConditionType.READY, True, Reason.ALL_INSTANCES_SERVING, f"Serves with {served}.{hint}")
+        return Verdict(ConditionType.READY, True, Reason.ALL_INSTANCES_SERVING, f"Serves with {served}.{hint}")
     if troubles:
-        return _Verdict(ConditionType.READY, False, troubles[0].reason, _with_others(troubles))
+        return Verdict(ConditionType.READY, False, troubles[0].reason, _with_others(troubles))
     waiting = _waiting(world, instances)
-    return _Verdict(ConditionType.READY, False, waiting.reason, waiting.message)
+    return Verdict(ConditionType.READY, False, waiting.reason, waiting.message)
 
 
-def _available(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+def _available(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> Verdict:
     serving = sum(instance.serving for instance in instances)
     if serving == len(instances):
-        return _Verdict(ConditionType.AVAILABLE, True, Reason.ALL_INSTANCES_SERVING, "Requests go to all instances.")
+        return Verdict(ConditionType.AVAILABLE, True, Reason.ALL_INSTANCES_SERVING, "Requests go to all instances.")
     if serving:
         message = f"Requests go to {serving} of {_count(len(instances), 'instance')}."
-        return _Verdict(ConditionType.AVAILABLE, True, Reason.SOME_INSTANCES_SERVING, message)
+        return Verdict(ConditionType.AVAILABLE, True, Reason.SOME_INSTANCES_SERVING, message)
     message = f"No instance serves. {troubles[0].message}" if troubles else "No instance serves."
-    return _Verdict(ConditionType.AVAILABLE, False, Reason.NO_INSTANCE_SERVING, message)
+    return Verdict(ConditionType.AVAILABLE, False, Reason.NO_INSTANCE_SERVING, message)
 
 
-def _degraded(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+def _degraded(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> Verdict:
     """Only what served before can be lost: an object that is being made is not degraded."""
     lost = [each for each in instances if each.first_served_at and not each.serving]
     borrowed = [
@@ -84,29 +80,29 @@ def _degraded(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) 
         if each.serving and stage.served_by is not None and stage.served_by != f"{each.instance}.{stage.stage}"
     ]
     if not lost and not borrowed:
-        return _Verdict(ConditionType.DEGRADED, False, Reason.AS_SPECIFIED, "Nothing that served is lost.")
+        return Verdict(ConditionType.DEGRADED, False, Reason.AS_SPECIFIED, "Nothing that served is lost.")
     facts = [_loss(each) for each in lost] + borrowed
     help_needed = f" {troubles[0].message}" if troubles else ""
-    return _Verdict(ConditionType.DEGRADED, True, _loss_reason(lost), f"{'; '.join(facts)}.{help_needed}")
+    return Verdict(ConditionType.DEGRADED, True, _loss_reason(lost), f"{'; '.join(facts)}.{help_needed}")
 
 
-def _progressing(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> _Verdict:
+def _progressing(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> Verdict:
     if troubles:
-        return _Verdict(ConditionType.PROGRESSING, False, troubles[0].reason, _with_others(troubles))
+        return Verdict(ConditionType.PROGRESSING, False, troubles[0].reason, _with_others(troubles))
     missing = [slot for slot in slots(len(instances), world.object.spec.stages) if not _runs(world, slot)]
     at_home = all(each.phase is InstancePhase.SERVING and each.serving for each in instances)
     if any(is_outdated(world, pod) for pod in world.pods if not pod.leaving):
         message = "Pods made from an older spec are replaced, one instance at a time."
-        return _Verdict(ConditionType.PROGRESSING, True, Reason.ROLLING_OUT, message)
+        return Verdict(ConditionType.PROGRESSING, True, Reason.ROLLING_OUT, message)
     if at_home and not missing:
-        return _Verdict(ConditionType.PROGRESSING, False, Reason.AS_SPECIFIED, "All pods run as the spec says.")
+        return Verdict(ConditionType.PROGRESSING, False, Reason.AS_SPECIFIED, "All pods run as the spec says.")
     if all(each.first_served_at for each in instances):
         message = (
             f"Waits for {_listed(missing)}." if missing else "Waits until every instance serves on its own stages."
         )
-        return _Verdict(ConditionType.PROGRESSING, True, Reason.RESTORING_CAPACITY, message)
+        return Verdict(ConditionType.PROGRESSING, True, Reason.RESTORING_CAPACITY, message)
     waiting = _waiting(world, instances)
-    return _Verdict(ConditionType.PROGRESSING, True, waiting.reason, waiting.message)
+    return Verdict(ConditionType.PROGRESSING, True, waiting.reason, waiting.message)
 
 
 def _waiting(world: World, instances: Sequence[InstanceStatus]) -> Trouble:
@@ -142,8 +138,8 @@ def _loss(instance: InstanceStatus) -> str:
             return f"instance {instance.instance} does not serve (phase {instance.phase})"
 
 
-def _condition(world: World, verdict: _Verdict, now: datetime) -> Condition:
-    status = ConditionStatus.TRUE if verdict.status else ConditionStatus.FALSE
+def _condition(world: World, verdict: Verdict, now: datetime) -> Condition:
+    status = _STATUSES[verdict.status]
     before = next((old for old in world.object.status.conditions if old.type == verdict.type), None)
     return Condition(
         type=verdict.type,

@@ -8,6 +8,7 @@ from resilientllm_api.crd import InstancePhase, InstanceStatus, StageStatus
 from resilientllm_api.engine_state import EnginePhase, EngineState
 
 from resilientllm_operator.names import Role, Slot
+from resilientllm_operator.replication import lag_to_show
 from resilientllm_operator.world import Contact, EngineView, PodView, World
 
 _PHASES = {
@@ -80,10 +81,19 @@ def _phase(pod: PodView | None, view: EngineView, state: EngineState | None, *, 
 def _stages(
     world: World, instance: int, state: EngineState | None, before: InstanceStatus | None
 ) -> tuple[StageStatus, ...]:
+    served_by: dict[int, str | None]
+    kept_by: dict[int, str | None]
+    lag_seconds: dict[int, int | None]
     if state is not None:
         served_by = {each.stage: str(each.served_by) if each.served_by else None for each in state.stages}
+        copies = {each.stage: each for each in state.replication if each.kept_by}
+        kept_by = {place: str(each.kept_by) for place, each in copies.items()}
+        lag_seconds = {place: lag_to_show(each.lag_seconds) for place, each in copies.items()}
     else:
-        served_by = {each.stage: each.served_by for each in before.stages} if before else {}
+        last_known = before.stages if before else ()
+        served_by = {each.stage: each.served_by for each in last_known}
+        kept_by = {each.stage: each.kept_by for each in last_known}
+        lag_seconds = {each.stage: each.lag_seconds for each in last_known}
     result = []
     for stage in range(world.object.spec.stages):
         pod = world.current(Slot(instance, Role.STAGE, stage))
@@ -94,6 +104,8 @@ def _stages(
                 node=pod.node if pod else None,
                 ready=bool(pod and pod.ready),
                 served_by=served_by.get(stage),
+                kept_by=kept_by.get(stage),
+                lag_seconds=lag_seconds.get(stage),
             )
         )
     return tuple(result)

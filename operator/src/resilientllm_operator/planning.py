@@ -50,7 +50,8 @@ def desired_plans(world: World) -> tuple[PlanStatus | None, Mapping[int, Plan]]:
 
     def plans_of(version: int) -> dict[int, Plan]:
         name = f"{obj.namespace}/{obj.name}"
-        return make_plans(name, version, obj.spec.instances, obj.spec.stages, addresses, limits_of(obj.spec.recovery))
+        limits, replication = limits_of(obj.spec.recovery), obj.spec.replication.mode
+        return make_plans(name, version, obj.spec.instances, obj.spec.stages, addresses, limits, replication)
 
     unversioned = plans_of(1)
     if not unversioned:

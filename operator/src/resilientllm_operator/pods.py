@@ -156,7 +156,7 @@ def _container(obj: ObjectView, slot: Slot, template: PodTemplate) -> Manifest:
 
 
 def _stage_command(obj: ObjectView, slot: Slot) -> list[str]:
-    command = [
+    return [
         "resilientllm-stage",
         _model(obj.spec),
         f"--instance={slot.instance}",
@@ -164,10 +164,10 @@ def _stage_command(obj: ObjectView, slot: Slot) -> list[str]:
         f"--listen=0.0.0.0:{STAGE_PORT}",
         f"--health=0.0.0.0:{STAGE_HEALTH_PORT}",
         f"--token-file={TOKEN_FOLDER}/{TOKEN_KEY}",
+        f"--pool-fraction={obj.spec.replication.pool_percent / 100}",
+        *_parallelism(obj.spec),
+        *obj.spec.args,
     ]
-    if obj.spec.replication.pool_percent is not None:
-        command.append(f"--pool-fraction={obj.spec.replication.pool_percent / 100}")
-    return [*command, *_parallelism(obj.spec), *obj.spec.args]
 
 
 def _engine_command(obj: ObjectView, slot: Slot) -> list[str]:

@@ -48,6 +48,7 @@ def _record(instance: int, recovery: Recovery) -> RecoveryStatus:
         took=format_ms(total) if total is not None and recovery.resumed_at else None,
         requests_affected=recovery.requests,
         tokens_recomputed=recovery.tokens_recomputed,
+        tokens_kept=recovery.tokens_kept,
     )
 
 
