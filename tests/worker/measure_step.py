@@ -12,7 +12,8 @@ from collections.abc import Callable
 from resilientllm_worker.protocol.messages import Activation, Stamp, TensorHeader
 from resilientllm_worker.seams.model_output import decode_result, encode_result
 from resilientllm_worker.seams.scheduler_output import decode_step, encode_step
-from resilientllm_worker.tenancy.block_map import BlockMap, IdentityMap
+from resilientllm_worker.tenancy.home import HomeBlocks
+from resilientllm_worker.tenancy.pool import Pool
 from resilientllm_worker.tenancy.translate import from_runner, to_runner
 from resilientllm_worker.transport.connection import Connection, dial
 from resilientllm_worker.transport.frame import HEADER, Limits, decode_message, encode_frame
@@ -36,7 +37,8 @@ def main(requests: int) -> None:
     scheduled.num_scheduled_tokens = dict.fromkeys(ids, 1)
     sampled = ModelRunnerOutput(ids, {name: place for place, name in enumerate(ids)}, [[5]] * requests)
     step, result = encode_step(scheduled, None, STAMP, 1), encode_result(sampled, STAMP, 1)
-    home, guest = IdentityMap(10_000), BlockMap(10_000, 1000)
+    home, guest = HomeBlocks(10_000), Pool(10_000, 1000).tenant(1)
+    guest.serve()
     limits = Limits()
     step_frame, result_frame = (encode_frame(message, (), limits)[0][HEADER.size :] for message in (step, result))
     parts: list[tuple[str, Callable[[], object]]] = [

@@ -7,17 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from resilientllm_worker.protocol.messages import Array, Grammar, Logprobs, Step, StepResult
-from resilientllm_worker.tenancy.block_map import BlockMap, IdentityMap
+from resilientllm_worker.tenancy.blocks import Blocks
 from resilientllm_worker.tenancy.errors import ForeignRequest, PoolFull, TranslationError, UnmappedBlock
-from resilientllm_worker.tenancy.translate import from_runner, to_runner
+from resilientllm_worker.tenancy.home import HomeBlocks
+from resilientllm_worker.tenancy.translate import from_runner, to_runner, written_blocks
 
-from tests.worker.tenancy.builders import BLOCK_SIZE, STAMP, a_step, new, running
+from tests.worker.tenancy.builders import BLOCK_SIZE, STAMP, a_guest, a_step, new, running
 
 FIRST = 100
 
 
-def guest(count: int = 8, known: tuple[int, ...] = ()) -> BlockMap:
-    blocks = BlockMap(FIRST, count)
+def guest(count: int = 8, known: tuple[int, ...] = ()) -> Blocks:
+    blocks = a_guest(FIRST, count)
     blocks.admit([], known)
     return blocks
 
@@ -33,7 +34,7 @@ class TestRequestIds:
     )
 
     def test_get_the_tenant_s_prefix_wherever_they_stand(self) -> None:
-        ours = to_runner(self.STEP, "7/", IdentityMap(10), BLOCK_SIZE)
+        ours = to_runner(self.STEP, "7/", HomeBlocks(10), BLOCK_SIZE)
         assert ours.new[0].request == "7/n"
         assert ours.cached.requests == ["7/c"]
         assert ours.num_scheduled_tokens == [("7/n", 3), ("7/c", 1)]
@@ -42,7 +43,7 @@ class TestRequestIds:
 
     def test_are_all_translated_in_every_field_that_the_protocol_has(self) -> None:
         """A field that someone adds to the wire with an id in it must be translated too."""
-        marked = msgspec.msgpack.encode(to_runner(self.STEP, "@", IdentityMap(10), BLOCK_SIZE))
+        marked = msgspec.msgpack.encode(to_runner(self.STEP, "@", HomeBlocks(10), BLOCK_SIZE))
         for request in ("n", "c", "f", "p"):
             assert marked.count(b"\xa2@" + request.encode()) == msgspec.msgpack.encode(self.STEP).count(
                 b"\xa1" + request.encode()
@@ -116,12 +117,12 @@ class TestBlocks:
 
     def test_of_home_keep_their_numbers_within_home(self) -> None:
         step = a_step(new=[new("a", [3, 4])], cached=running(b=[5]), zero_block_ids=[3], block_copies=[(1, 3)])
-        assert to_runner(step, "", IdentityMap(6), BLOCK_SIZE) == step
+        assert to_runner(step, "", HomeBlocks(6), BLOCK_SIZE) == step
         with pytest.raises(UnmappedBlock, match="block 5 is outside the 5 home blocks"):
-            to_runner(step, "", IdentityMap(5), BLOCK_SIZE)
+            to_runner(step, "", HomeBlocks(5), BLOCK_SIZE)
 
-    @pytest.mark.parametrize("blocks", [IdentityMap(10), guest(known=(3, 4))])
-    def test_are_given_to_the_runner_in_lists_of_its_own(self, blocks: BlockMap | IdentityMap) -> None:
+    @pytest.mark.parametrize("blocks", [HomeBlocks(10), guest(known=(3, 4))])
+    def test_are_given_to_the_runner_in_lists_of_its_own(self, blocks: Blocks) -> None:
         """V1 extends a new request's list with every further block."""
         step = a_step(new=[new("a", [3])], cached=running(b=[4]))
         before = copy.deepcopy(step)
@@ -131,6 +132,33 @@ class TestBlocks:
         assert groups is not None
         groups[0].append(99)
         assert step == before
+
+
+class TestWrittenBlocks:
+    """Whose seals are void: a block that is left out would pass for what it held before."""
+
+    @pytest.mark.parametrize(
+        ("step", "written"),
+        [
+            (a_step(new=[new("a", [3, 4], [5, 6])]), [3, 4, 5, 6]),
+            (a_step(new=[new("a", [3, 4], [5, 6], computed=BLOCK_SIZE)]), [4, 6]),
+            (a_step(new=[new("a", [3, 4], computed=2 * BLOCK_SIZE)]), []),
+            (a_step(cached=running(a=[3], b=None, c=[4, 5])), [3, 4, 5]),
+            (a_step(block_copies=[(3, 4)]), [4]),
+            (a_step(zero_block_ids=[3, 4]), [3, 4]),
+        ],
+    )
+    def test_are_those_that_a_step_fills_copies_to_or_zeroes(self, step: Step, written: list[int]) -> None:
+        assert sorted(written_blocks(step, BLOCK_SIZE)) == written
+
+    def test_include_the_block_that_a_new_request_goes_on_with(self) -> None:
+        step = a_step(new=[new("a", [3, 4, 5], [6, 7, 8], [], computed=BLOCK_SIZE + 1)])
+        assert sorted(written_blocks(step, BLOCK_SIZE)) == [4, 5, 7, 8]
+
+    def test_do_not_share_memory_with_the_step(self) -> None:
+        step = a_step(zero_block_ids=[3])
+        written_blocks(step, BLOCK_SIZE).append(4)
+        assert step.zero_block_ids == [3]
 
 
 ids = st.integers(-2, 12)
@@ -151,7 +179,7 @@ def test_any_step_is_translated_within_the_tenant_s_slots_or_refused(
     copies: list[tuple[int, int]],
     home: bool,
 ) -> None:
-    blocks = IdentityMap(6) if home else guest(count=6, known=(1, 2))
+    blocks = HomeBlocks(6) if home else guest(count=6, known=(1, 2))
     step = a_step(
         new=[new(request, *groups, computed=computed) for request, groups, computed in news],
         cached=running(**cached),

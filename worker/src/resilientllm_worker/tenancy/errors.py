@@ -15,5 +15,13 @@ class PoolFull(TranslationError):
     """The engine uses more blocks than it was granted here."""
 
 
+class SlotsBusy(PoolFull):
+    """Replicas are just being written where the step needs room. None is placed before it has it, so try again soon."""
+
+
+class NotServed(TranslationError):
+    """A step came for an instance that this stage does not serve as a guest, or no longer."""
+
+
 class ForeignRequest(TranslationError):
     """A result names a request of another tenant."""

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import msgspec
 
 from resilientllm_worker.protocol.messages import CachedRequests, Grammar, NewRequest, Step, StepResult
-from resilientllm_worker.tenancy.block_map import BlockMap, IdentityMap
+from resilientllm_worker.tenancy.blocks import Blocks
 from resilientllm_worker.tenancy.errors import ForeignRequest
 
 
-def to_runner(step: Step, prefix: str, blocks: BlockMap | IdentityMap, block_size: int) -> Step:
+def to_runner(step: Step, prefix: str, blocks: Blocks, block_size: int) -> Step:
     """``step`` as the runner is to see it. ``block_size`` is in tokens, the same for all KV cache groups.
 
     Raises:
@@ -57,8 +57,20 @@ def from_runner(result: StepResult, prefix: str) -> StepResult:
     )
 
 
+def written_blocks(step: Step, block_size: int) -> list[int]:
+    """The engine's ids of all blocks whose content ``step`` changes; a block may be named twice, or be unknown here."""
+    _, written = _blocks_of(step, block_size)
+    for request in step.new:
+        # The step goes on with a block that is filled in part, though it must have content.
+        begun, filled = divmod(request.num_computed_tokens, block_size)
+        if filled:
+            for group in request.block_ids:
+                written += group[begun : begun + 1]
+    return written + step.zero_block_ids
+
+
 def _blocks_of(step: Step, block_size: int) -> tuple[list[int], list[int]]:
-    """The blocks that must have content, and those that the step may write.
+    """The blocks that must have content, and those that need a slot because the step writes them.
 
     A request that is new to the runner may come with a computed prefix, whose blocks must have content; the last of
     them too if it is only partly filled.
@@ -80,7 +92,7 @@ def _blocks_of(step: Step, block_size: int) -> tuple[list[int], list[int]]:
     return read, written
 
 
-def _new(request: NewRequest, prefix: str, blocks: BlockMap | IdentityMap) -> NewRequest:
+def _new(request: NewRequest, prefix: str, blocks: Blocks) -> NewRequest:
     return NewRequest(
         request=prefix + request.request,
         prompt_token_ids=request.prompt_token_ids,
@@ -91,7 +103,7 @@ def _new(request: NewRequest, prefix: str, blocks: BlockMap | IdentityMap) -> Ne
     )
 
 
-def _cached(cached: CachedRequests, prefix: str, blocks: BlockMap | IdentityMap) -> CachedRequests:
+def _cached(cached: CachedRequests, prefix: str, blocks: Blocks) -> CachedRequests:
     return CachedRequests(
         requests=_prefixed(cached.requests, prefix),
         new_token_ids=cached.new_token_ids,
@@ -107,7 +119,7 @@ def _grammar(grammar: Grammar | None, prefix: str) -> Grammar | None:
     return Grammar(_prefixed(grammar.requests, prefix), grammar.bitmask, grammar.columns)
 
 
-def _groups(groups: Iterable[list[int]], blocks: BlockMap | IdentityMap) -> tuple[list[int], ...]:
+def _groups(groups: Iterable[list[int]], blocks: Blocks) -> tuple[list[int], ...]:
     return tuple([blocks.translate(group) for group in groups])
 
 
