@@ -52,6 +52,19 @@ def test_defaults_give_way_to_what_is_inherited_and_that_to_the_users_environmen
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
+def test_the_users_temporary_folder_is_not_handed_on_but_one_that_was_asked_for_is() -> None:
+    assert "TMPDIR" not in environment.of_children({"TMPDIR": "/inherited"}, LAYOUT, gpu=False)
+    asked = environment.of_children({}, replace(LAYOUT, env={"TMPDIR": "/asked"}), gpu=False)
+    assert asked["TMPDIR"] == "/asked"
+
+
+def test_what_was_compiled_outlives_a_process() -> None:
+    found = environment.of_children({"XDG_CACHE_HOME": "/home/it/.cache"}, LAYOUT, gpu=False)
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == "/home/it/.cache/resilientllm/inductor"
+    kept = environment.of_children({"TORCHINDUCTOR_CACHE_DIR": "/elsewhere"}, LAYOUT, gpu=False)
+    assert kept["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+
+
 @pytest.mark.parametrize(("runner", "v2", "interpreted"), [("v1", "0", None), ("v2", "1", "1")])
 def test_the_runner_is_chosen_by_environment(runner: str, v2: str, interpreted: str | None) -> None:
     found = environment.of_children({}, replace(LAYOUT, runner=runner), gpu=False)

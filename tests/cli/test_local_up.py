@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +25,22 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 READY_SECONDS = 300
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """The user's TMPDIR: short, so that it is used, and checked for what is left in it."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @contextmanager
-def local_up(model: Path, directory: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+def local_up(
+    model: Path, directory: Path, *words: str, temporary: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", "from resilientllm_cli.main import main; main()", "local", "up"]
     options = ["--model", str(model), "--directory", str(directory), "--port", "0"]
+    environment = {**os.environ, **({"TMPDIR": str(temporary)} if temporary else {})}
     with subprocess.Popen(
-        [*command, *options, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *options, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as up:
         try:
             yield up
@@ -52,8 +64,8 @@ def wait_ready(directory: Path) -> Any:
     return state(directory)
 
 
-def test_it_serves_and_stops_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    with local_up(tiny_model, tmp_path) as up:
+def test_it_serves_and_stops_and_leaves_nothing(tiny_model: Path, tmp_path: Path, temporary: Path) -> None:
+    with local_up(tiny_model, tmp_path, temporary=temporary) as up:
         now = wait_ready(tmp_path)
         prompts = ["one", "another"]
         first, second = (
@@ -61,19 +73,23 @@ def test_it_serves_and_stops_and_leaves_nothing(tiny_model: Path, tmp_path: Path
         )
         assert total(compare(a.tokens, b.tokens) for a, b in zip(first, second, strict=True)).unharmed
         assert all(len(stream.tokens) == len(stream.text) == 40 for stream in first)
+        assert any(temporary.rglob("vllm_dist_*")), "stages keep their files elsewhere: nothing is shown below"
+        assert any(path.is_socket() for path in temporary.rglob("*")), "so do engines"
+        os.kill(now["stages"][0]["pid"], signal.SIGKILL)  # It has no chance to tidy up.
         up.send_signal(signal.SIGINT)
         assert up.wait(60) == 0
     assert warden.members(sessions(now)) == []
+    assert list(temporary.iterdir()) == []
 
 
-def test_killing_it_leaves_nothing_either(tiny_model: Path, tmp_path: Path) -> None:
-    with local_up(tiny_model, tmp_path, "--instances", "1") as up:
+def test_killing_it_leaves_nothing_either(tiny_model: Path, tmp_path: Path, temporary: Path) -> None:
+    with local_up(tiny_model, tmp_path, "--instances", "1", temporary=temporary) as up:
         now = wait_ready(tmp_path)
         assert len(warden.members(sessions(now))) > len(sessions(now))  # An engine has processes of its own.
         up.kill()
         up.wait()
         deadline = time.monotonic() + 10
-        while warden.members(sessions(now)):
+        while warden.members(sessions(now)) or any(temporary.iterdir()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
 

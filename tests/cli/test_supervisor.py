@@ -96,11 +96,28 @@ def test_a_process_that_ignores_sigterm_is_killed_after_a_bounded_time(tmp_path:
     assert gone(pid)
 
 
+def test_every_run_has_an_empty_temporary_folder_and_leaves_none(tmp_path: Path) -> None:
+    leaves_a_file = 'echo "$TMPDIR $(ls -A "$TMPDIR" | wc -l)"; touch "$TMPDIR/left"; exit 1'
+    with Supervisor([shell(leaves_a_file, tmp_path)], FAST) as supervisor:
+        eventually(lambda: supervisor.status()["it"].restarts >= 2)
+    first, second, *_ = (line.split() for line in (tmp_path / "it.log").read_text().splitlines())
+    assert first == second == [first[0], "0"]
+    assert Path(first[0]).name == "it"
+    assert not Path(first[0]).parent.exists()
+
+
+def test_a_program_that_names_its_own_temporary_folder_keeps_it(tmp_path: Path) -> None:
+    says = Program("it", ["sh", "-c", 'echo "$TMPDIR"; exit 1'], {"TMPDIR": "/its/own"}, tmp_path / "it.log")
+    with Supervisor([says], FAST) as supervisor:
+        eventually(lambda: supervisor.status()["it"].restarts >= 1)
+    assert (tmp_path / "it.log").read_text().startswith("/its/own\n")
+
+
 SUPERVISE_AND_WAIT = """
 import os, sys, time
 from pathlib import Path
 from resilientllm_cli.supervise.supervisor import Program, Supervisor
-program = Program("it", ["sh", "-c", "sleep 60 & sleep 60"], dict(os.environ), Path(sys.argv[1]))
+program = Program("it", ["sh", "-c", "echo $TMPDIR; sleep 60 & sleep 60"], dict(os.environ), Path(sys.argv[1]))
 with Supervisor([program]) as supervisor:
     while supervisor.status()["it"].pid is None:
         time.sleep(0.01)
@@ -115,5 +132,8 @@ def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         assert supervisor.stdout is not None
         session = int(supervisor.stdout.readline())
         eventually(lambda: len(warden.members({session})) == 3)
+        temporary = Path((tmp_path / "log").read_text().strip())
+        assert temporary.is_dir()
         supervisor.send_signal(signal.SIGKILL)
     eventually(lambda: gone(session))
+    eventually(lambda: not temporary.parent.exists())

@@ -25,12 +25,19 @@ def default_flags(shape: ModelShape, gpu: bool | None = None) -> dict[str, str |
 
 
 def of_children(inherited: Mapping[str, str], layout: Layout, gpu: bool | None = None) -> dict[str, str]:
-    """The user's ``--env`` wins over the runner's choice, that over what is inherited, that over defaults."""
+    """The user's ``--env`` wins over the runner's choice, that over what is inherited, that over defaults.
+
+    TMPDIR alone is not inherited: the supervisor gives each program one of its own there (``supervise/scratch.py``).
+    torch would keep there what it compiled, and stages compile a little even when asked not to: without that, each one
+    that restarts would do so anew.
+    """
     on_gpu = has_gpu() if gpu is None else gpu
+    caches = Path(inherited.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return {
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "resilientllm" / "inductor"),
         **QUIET_ENVIRONMENT,
         **({} if on_gpu else CPU_ENVIRONMENT),
-        **inherited,
+        **{name: value for name, value in inherited.items() if name != "TMPDIR"},
         **runner_environment(layout.runner, on_gpu),
         **layout.env,
     }

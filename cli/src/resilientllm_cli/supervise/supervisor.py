@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from resilientllm_cli.supervise import leash, warden
+from resilientllm_cli.supervise import leash, scratch, warden
 from resilientllm_cli.supervise.restart_policy import Ended, GiveUp, History, Policy, after_exit
 
 STOP_SECONDS = 10.0
@@ -30,7 +31,10 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Program:
-    """What to run. ``environment`` is all of it: nothing is inherited behind the caller's back."""
+    """What to run. ``environment`` is all of it: nothing is inherited behind the caller's back.
+
+    But TMPDIR, if it names none, is a folder of its own, which is removed when the program ends.
+    """
 
     name: str
     arguments: Sequence[str]
@@ -99,8 +103,9 @@ class Supervisor:
 
     def __enter__(self) -> Self:
         read_end, self._lifeline = os.pipe()
+        self._scratch = scratch.make()
         self._warden = subprocess.Popen(
-            [sys.executable, "-I", "-S", warden.__file__], stdin=read_end, start_new_session=True
+            [sys.executable, "-I", "-S", warden.__file__, str(self._scratch)], stdin=read_end, start_new_session=True
         )
         os.close(read_end)
         self._thread.start()
@@ -166,13 +171,15 @@ class Supervisor:
     def _start(self, process: _Process) -> None:
         program = process.program
         program.log.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._scratch / program.name
+        temporary.mkdir(exist_ok=True)
         with program.log.open("ab") as log:
             popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", leash.__file__, str(self._lifeline), *program.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=dict(program.environment),
+                env={"TMPDIR": str(temporary), **program.environment},
                 pass_fds=(self._lifeline,),
                 start_new_session=True,
             )
@@ -218,9 +225,11 @@ class Supervisor:
             self._enter(process, Phase.BACK_OFF)
 
     def _bury(self, process: _Process, popen: subprocess.Popen[bytes]) -> None:
-        """What it started dies with it, as in a container, before its address is used again."""
+        """What it started dies with it, as in a container, before its address is used again. So do temporary files."""
         os.close(process.pidfd)
         warden.kill_sessions({popen.pid})
+        # What cannot be removed must not end the supervisor; the warden tries again.
+        shutil.rmtree(self._scratch / process.program.name, ignore_errors=True)
         os.write(self._lifeline, f"-{popen.pid}\n".encode())
 
     def _enter(self, process: _Process, phase: Phase) -> None:

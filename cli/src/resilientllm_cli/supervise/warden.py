@@ -1,9 +1,10 @@
-"""Kills what a dead supervisor left behind. Run as a script, with the read end of a pipe as stdin.
+"""Kills what a dead supervisor left behind, and removes its temporary files. Run as a script: ``warden.py FOLDER``,
+with the read end of a pipe as stdin.
 
 A supervisor that is killed with SIGKILL cannot clean up, and PR_SET_PDEATHSIG reaches children only, not the worker
 processes that they start. So every child leads a session of its own, which its descendants stay in, and this process
 outlives the supervisor just long enough to kill these sessions. Lines of the pipe: ``+PID`` a session began, ``-PID``
-it is gone (before its number can be used again).
+it is gone (before its number can be used again). FOLDER goes last, also when the supervisor ends well.
 Imports nothing but the standard library: the supervisor starts it first of all.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -56,6 +58,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     kill_sessions(open_sessions(sys.stdin))
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":
