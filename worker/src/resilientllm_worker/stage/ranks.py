@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from resilientllm_worker.process import EXIT_BAD_CONFIGURATION
 from resilientllm_worker.protocol.messages import Step, StepResult
 from resilientllm_worker.seams.pipeline_group import SendHandle
 from resilientllm_worker.stage.model import KVCache, KVNeeds, Model
@@ -109,7 +110,8 @@ class Followers:
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         if not self._closing:
-            logger.error("rank %d of this stage ended with %d, so the stage ends", rank, code)
+            if code != EXIT_BAD_CONFIGURATION:  # Then it has said why, and the last line is what people are shown.
+                logger.error("rank %d of this stage ended with %d, so the stage ends", rank, code)
             # The runner may be inside a collective that will never complete, so nothing gentler would end it.
             os._exit(code if code > 0 else 1)
 
