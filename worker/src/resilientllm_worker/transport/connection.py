@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from resilientllm_worker.protocol.messages import Activation, Message
+from resilientllm_worker.protocol.messages import Activation, Message, Replicas
 from resilientllm_worker.transport.address import parse_address
 from resilientllm_worker.transport.auth import DEADLINE_SECONDS, authenticate_dialer
 from resilientllm_worker.transport.errors import (
@@ -33,6 +33,8 @@ while it is busy: one that is slower to take a tensor than this loses its link.
 """
 
 _MAX_PARTS = 1024  # IOV_MAX
+
+_Described = TypeVar("_Described", Activation, Replicas)
 
 
 class Connection:
@@ -99,20 +101,20 @@ class Connection:
         return not parts
 
     def receive(self) -> Message:
-        """The next message of a command channel.
+        """The next message that has no body.
 
         Raises:
             ConnectionClosed: the peer closed, `close` was called, or the network failed.
-            ProtocolError: the frame breaks the rules, or is an `Activation`. The connection is now closed.
+            ProtocolError: the frame breaks the rules, or has a body. The connection is now closed.
         """
         with self._socket as sock:
             try:
                 message, _ = self._reader.read_message(sock)
             except (ConnectionClosed, ProtocolError, OSError) as error:
                 raise self._broken(error) from error
-            if isinstance(message, Activation):
+            if isinstance(message, Activation | Replicas):
                 self.close()
-                raise ProtocolError(f"{self.peer} sent an Activation where only commands belong")
+                raise ProtocolError(f"{self.peer} sent {type(message).__name__} where only commands belong")
             return message
 
     def receive_into(self, allocate: Callable[[Activation], list[memoryview]]) -> Activation:
@@ -125,16 +127,41 @@ class Connection:
         Raises:
             ConnectionClosed, ProtocolError: as `receive` does; here any other message breaks the rules.
         """
+
+        def views(header: Activation) -> list[memoryview]:
+            given = allocate(header)
+            found, expected = [view.nbytes for view in given], [tensor.nbytes for tensor in header.tensors]
+            if found != expected:
+                raise ValueError(f"expected memory of {expected} bytes for the tensors, found {found}")
+            return given
+
+        return self._receive_body(Activation, views)
+
+    def receive_replicas(self, allocate: Callable[[Replicas], memoryview]) -> Replicas:
+        """The next batch of a replica channel, its content read into the memory that ``allocate`` gives.
+
+        ``allocate`` returns one writable, contiguous view of exactly ``body_bytes``, which are within the limits. If it
+        raises, the connection is closed and the error goes on to the caller.
+
+        Raises:
+            ConnectionClosed, ProtocolError: as `receive` does; here any other message breaks the rules.
+        """
+
+        def views(header: Replicas) -> list[memoryview]:
+            given = allocate(header)
+            if given.nbytes != header.body_bytes:
+                raise ValueError(f"expected memory of {header.body_bytes} bytes for the blocks, found {given.nbytes}")
+            return [given]
+
+        return self._receive_body(Replicas, views)
+
+    def _receive_body(self, kind: type[_Described], allocate: Callable[[_Described], list[memoryview]]) -> _Described:
         with self._socket as sock:
             try:
                 message, _ = self._reader.read_message(sock)
-                if not isinstance(message, Activation):
-                    raise ProtocolError(f"expected an Activation, found a {type(message).__name__}")
-                views = [view.cast("B") if view.nbytes else view for view in allocate(message)]
-                found, expected = [view.nbytes for view in views], [tensor.nbytes for tensor in message.tensors]
-                if found != expected:
-                    raise ValueError(f"expected memory of {expected} bytes for the tensors, found {found}")
-                self._reader.read_body(sock, [view for view in views if view.nbytes])
+                if not isinstance(message, kind):
+                    raise ProtocolError(f"expected {kind.__name__}, found {type(message).__name__}")
+                self._reader.read_body(sock, [view.cast("B") for view in allocate(message) if view.nbytes])
             except (ConnectionClosed, ProtocolError, OSError) as error:
                 raise self._broken(error) from error
             except BaseException:

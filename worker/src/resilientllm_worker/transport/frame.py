@@ -1,4 +1,4 @@
-"""What goes over a connection: header, message in msgpack, and for an `Activation` its tensors' memory."""
+"""What goes over a connection: header, message in msgpack, and memory that an `Activation` or `Replicas` describes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from resilientllm_worker.protocol.messages import Activation, Message
+from resilientllm_worker.protocol.messages import Activation, Message, Replicas
 from resilientllm_worker.transport.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def encode_frame(message: Message, buffers: Sequence[Buffer], limits: Limits) ->
         raise ProtocolError(
             f"cannot send a {type(message).__name__} of {message_bytes} bytes, limit {limits.message_bytes}"
         )
-    if body_bytes or isinstance(message, Activation):
+    if body_bytes or isinstance(message, Activation | Replicas):
         check_body(message, body_bytes, limits)
     HEADER.pack_into(frame, 0, message_bytes, body_bytes)
     return parts
@@ -76,6 +76,8 @@ def check_body(message: Message, body_bytes: int, limits: Limits) -> None:
             if tensor.nbytes < 0:
                 raise ProtocolError(f"tensor {tensor.name!r} claims {tensor.nbytes} bytes")
             expected += tensor.nbytes
+    elif isinstance(message, Replicas):
+        expected = message.body_bytes
     if body_bytes != expected:
         raise ProtocolError(f"{type(message).__name__} announces a body of {expected} bytes, found {body_bytes}")
     if body_bytes > limits.body_bytes:
