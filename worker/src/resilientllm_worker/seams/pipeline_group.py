@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+_SHM = "/dev/shm/"
 
 
 class SendHandle(Protocol):
@@ -126,12 +129,31 @@ def install(
 
     # The CPU worker names its shared-memory group by this, and sets it too late for the group made here
     # (vllm/v1/worker/cpu_worker.py, ``init_device``).
-    os.environ["VLLM_DIST_IDENT"] = Path(init_method.removeprefix("file://")).name
+    name = Path(init_method.removeprefix("file://")).name
+    os.environ["VLLM_DIST_IDENT"] = name
     parallel_state.init_distributed_environment(tensor_parallel, rank, init_method, rank, backend)
     parallel_state.initialize_model_parallel(tensor_parallel, 1, backend=backend)
+    if tensor_parallel > 1 and rank == 0:
+        _unlink_shared_memory(name)
     stock = parallel_state._PP
     if stock is not None:
         stock.destroy()
     group = VirtualPipeline(stage, stages, parallel_state.get_world_group())
     parallel_state._PP = group
     return group
+
+
+def _unlink_shared_memory(name: str) -> None:
+    """Take away the names of what all ranks have mapped by now, so that the kernel frees it when the last of them ends.
+
+    Otherwise ranks that are killed leave it in memory for ever: vLLM's collectives on a CPU, named by us, and its
+    message queue (``ShmRingBuffer``), named by Python, whose own tracker of such names is killed with them.
+    """
+    mapped = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if _SHM in line}
+    for path in map(Path, mapped):
+        if path.name.startswith("psm_"):
+            memory = SharedMemory(path.name)
+            memory.unlink()  # and the tracker forgets it
+            memory.close()
+        elif path.name.startswith(name):
+            path.unlink()
