@@ -23,12 +23,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model")
     for flag in ("--instance", "--stage", "--listen", "--health", "--token-file", "--plan-file", "--control", "--port"):
         parser.add_argument(flag)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     return parser.parse_known_args()[0]
 
 
-def answer(arguments: argparse.Namespace, authorization: str | None) -> dict[str, object] | None:
+def answer(
+    arguments: argparse.Namespace, other_ranks: list[int], authorization: str | None
+) -> dict[str, object] | None:
     if arguments.control is None:
-        return {"ready": True, "ranks": [{"rank": 0, "pid": os.getpid()}]}
+        ranks = [{"rank": rank, "pid": pid} for rank, pid in enumerate([os.getpid(), *other_ranks])]
+        return {"ready": True, "ranks": ranks}
     if authorization != f"Bearer {Path(arguments.token_file).read_text()}":
         return None
     plan = json.loads(Path(arguments.plan_file).read_text())
@@ -60,13 +64,16 @@ def main() -> None:
     if "FAKE_EXIT" in os.environ:
         print("some log\nexpected a better configuration")
         sys.exit(int(os.environ["FAKE_EXIT"]))
-    subprocess.Popen(["sleep", "600"])  # A worker process of its own, as vLLM's EngineCore is.
+    own = subprocess.Popen(["sleep", "600"])  # A worker process, as vLLM's EngineCore is, or another rank of a stage.
+    other_ranks = [own.pid] if arguments.control is None and arguments.tensor_parallel_size == 2 else []
+    if other_ranks:
+        threading.Thread(target=lambda: os._exit(own.wait() and 1), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             healthy = self.path == "/health"
-            said = {} if healthy else answer(arguments, self.headers.get("Authorization"))
+            said = {} if healthy else answer(arguments, other_ranks, self.headers.get("Authorization"))
             self.send_response(401 if said is None else 200)
             self.end_headers()
             self.wfile.write(json.dumps(said).encode())

@@ -88,6 +88,22 @@ def test_a_killed_stage_comes_back_at_the_same_address(layout: Layout, fake_exec
         assert after.restarts == 1
 
 
+def test_killing_one_rank_of_a_stage_waits_for_the_end_of_them_all(
+    layout: Layout, fake_executables: dict[str, str]
+) -> None:
+    with LocalCluster(replace(layout, tensor_parallel_size=2), executables=fake_executables) as cluster:
+        cluster.wait_ready(30)
+        before = [cluster.stage(0, 1, rank).pid for rank in (0, 1)]
+        assert cluster.kill_stage(0, 1, rank=1) == before[1]
+        assert before[0] is not None
+        assert warden.members({before[0]}) == []
+        cluster.wait_ready(30)
+        assert {cluster.stage(0, 1, rank).pid for rank in (0, 1)}.isdisjoint({None, *before})
+        assert cluster.stage(0, 1).restarts == 1
+        with pytest.raises(KeyError, match=r"there is no rank 2 of stage 0\.1"):
+            cluster.kill_stage(0, 1, rank=2)
+
+
 def test_leaving_it_leaves_no_process(layout: Layout, fake_executables: dict[str, str]) -> None:
     with LocalCluster(layout, executables=fake_executables) as cluster:
         now = cluster.wait_ready(30)

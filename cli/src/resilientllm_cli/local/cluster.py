@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ from resilientllm_cli.supervise.supervisor import Phase, Supervisor
 
 NAME = "local"
 POLL_SECONDS = 0.25
+STAGE_END_SECONDS = 30.0
+"""Only a bound: on a busy machine rank 0 may take a moment to see that another rank has ended."""
 
 
 class ClusterFailed(Exception):
@@ -186,9 +189,22 @@ class LocalCluster:
                 now = self._state
         return now
 
-    def kill_stage(self, instance: int, stage: int) -> int:
-        """kill -9 of the stage's main process, as of a container. Returns its pid, when it is seen dead."""
-        return self._kill(stage_name(StageId(instance=instance, stage=stage)))
+    def kill_stage(self, instance: int, stage: int, rank: int = 0) -> int:
+        """kill -9 of one rank; rank 0 is the stage's main process, as of a container. Returns its pid when the stage,
+        which ends as one, is seen dead. Raises ProcessLookupError when it has no such rank now, TimeoutError when the
+        stage outlives it."""
+        if rank == 0:
+            return self._kill(stage_name(StageId(instance=instance, stage=stage)))
+        pid = self.stage(instance, stage, rank).pid
+        if pid is None:
+            raise ProcessLookupError(f"rank {rank} of stage {instance}.{stage} is not running")
+        os.kill(pid, signal.SIGKILL)
+        self.wait_for(
+            lambda now: all(entry.pid != pid for entry in now.stages),
+            STAGE_END_SECONDS,
+            f"stage {instance}.{stage} to end with its rank {rank}",
+        )
+        return pid
 
     def kill_engine(self, instance: int) -> int:
         return self._kill(engine_name(instance))
