@@ -385,6 +385,20 @@ class TestWhoGivesWay:
         keep(pool.tenant(2), [a_seal(1, block=10)])
         assert tenant.take_dropped() == [2] and tenant.take_dropped() == []
 
+    def test_none_is_told_of_that_came_on_a_second_way_while_the_first_was_given_up(self) -> None:
+        pool = Pool(FIRST, 3)
+        guest, other = pool.tenant(1), pool.tenant(2)
+        seals = a_chain(BLOCKS[:2])
+        keep(other, seals[:1])
+        (slot,) = other.place(seals[1:])
+        guest.serve()
+        guest.admit([], [10, 11])
+        guest.stop_serving()
+        assert keep(other, seals) == [1, 2]
+        assert slot is not None
+        other.commit(seals[1:], [slot])
+        assert other.take_dropped() == [] and held_by(other) == {10: 1, 11: 2} and other.room == 1
+
     def test_an_owner_is_remembered_only_as_long_as_its_blocks(self) -> None:
         """Numbers of owners rise without end, so what is kept of them must not."""
         tenant = Pool(FIRST, 4).tenant(1)
