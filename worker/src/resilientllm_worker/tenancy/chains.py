@@ -48,7 +48,7 @@ class Link:
     stored: int = 0
     """When the content came, as a count that rises from 1; 0 while the slot is reserved."""
     whole: bool = False
-    """Everything before it in its context is here."""
+    """It is here, and so is everything before it in its context."""
 
 
 class Chains:
@@ -141,7 +141,7 @@ class Chains:
         if not seal.parent:
             return True
         parent = self._links.get(seal.parent)
-        return parent is not None and parent.stored > 0 and parent.whole
+        return parent is not None and parent.whole
 
     def _retrace(self, number: int) -> None:
         """``number`` came or went: so did the chains of all that is behind it."""
