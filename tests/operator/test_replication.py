@@ -40,7 +40,7 @@ from tests.operator.builders import (
 )
 
 NOTHING_SAID: dict[str, Any] = {"kept_by": None, "healthy": False}
-RANKS = {**NOTHING_SAID, "message": "stages of 2 tensor-parallel ranks are not replicated yet"}
+RANKS = {**NOTHING_SAID, "supported": False, "message": "stages of 2 tensor-parallel ranks are not replicated yet"}
 
 
 def everywhere(state: EngineState, **changes: Any) -> EngineState:

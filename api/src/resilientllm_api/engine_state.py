@@ -64,6 +64,8 @@ class ReplicationState(Frozen):
     """The place of the pipeline."""
     kept_by: StageId | None = None
     """The stage that keeps the copies; None if there is none."""
+    supported: bool = True
+    """False: this engine cannot have copies kept, whoever is there to keep them."""
     healthy: bool = False
     """Copies are kept, and they keep up."""
     message: str = ""

@@ -142,14 +142,8 @@ def _place(world: World, instance: int, serving: StageServing, told: Replication
 
 
 def _obstacle(state: EngineState) -> str | None:
-    """Why this engine's KV blocks cannot be replicated at all, in its own words.
-
-    That shows alike at every place, also where there is somebody who could keep them; any other cause is of one place.
-    """
-    if any(each.kept_by for each in state.replication) or all(_living(each) < 2 for each in state.stages):
-        return None
-    words = {each.message.rstrip(".") for each in state.replication}
-    return words.pop() or None if len(words) == 1 else None
+    """Why this engine's KV blocks cannot be replicated at all, in its own words."""
+    return next((each.message.rstrip(".") for each in state.replication if not each.supported), None)
 
 
 def _living(serving: StageServing) -> int:

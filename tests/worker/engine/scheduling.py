@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from resilientllm_worker.engine import meeting_point
-from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary
-from resilientllm_worker.protocol.messages import Stamp
+from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary, Holding
+from resilientllm_worker.protocol.blocks import unpack_blocks, unpack_numbers
+from resilientllm_worker.protocol.messages import Seal, Stamp
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -46,7 +49,14 @@ class FakePipeline:
     at: Boundary
     wait_for_donor_seconds: float = 30.0
     load: tuple[int, int] = (0, 0)
-    rolled: list[tuple[Stamp, int, int]] = field(default_factory=list)
+    rolled: list[tuple[Stamp, int]] = field(default_factory=list)
+    """Stamp and running requests of every roll back."""
+    recomputed: list[int] = field(default_factory=list)
+    """For every request that went on after one, how many tokens."""
+    kept: int = 0
+    seals: list[Seal] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
 
     def boundary(self, wait_seconds: float = 0.0) -> Boundary:
         return self.at
@@ -54,8 +64,25 @@ class FakePipeline:
     def note_load(self, running: int, waiting: int) -> None:
         self.load = (running, waiting)
 
-    def rolled_back(self, stamp: Stamp, requests: int, tokens: int, seconds: float) -> None:
-        self.rolled.append((stamp, requests, tokens))
+    def rolled_back(self, boundary: Boundary, requests: int, seconds: float) -> None:
+        self.rolled.append((boundary.stamp, requests))
+
+    def resumed(self, recomputed: list[int], kept: int) -> None:
+        self.recomputed += recomputed
+        self.kept += kept
+
+    def set_cache(self, block_tokens: int, obstacle: str) -> None:
+        assert not obstacle
+
+    def seal(self, sealed_under: Stamp, seals: list[Seal], ended: list[int]) -> bool:
+        if not self.at.stitched or sealed_under != self.at.stamp:
+            return False
+        self.seals += seals
+        self.ended += ended
+        return True
+
+    def forget(self, stamp: Stamp, place: int, blocks: NDArray[np.int32]) -> None:
+        self.forgotten += blocks.tolist()
 
 
 class Runner:
@@ -178,7 +205,8 @@ class Rig:
         """A stage is lost: all KV that requests rely on, and all steps in flight. Another stands in, or none."""
         stamp = Stamp(self.pipeline.at.stamp.term, self.pipeline.at.stamp.epoch + 1)
         capacity = self.blocks - 1 if capacity is None else capacity
-        self.pipeline.at = Boundary(stamp, stitched, capacity, 0.0 if stitched else 0.001)
+        nothing = Holding(0, stamp, unpack_blocks(b""), unpack_numbers(b""))
+        self.pipeline.at = Boundary(stamp, stitched, capacity, 0.0 if stitched else 0.001, (nothing,))
         self._flying = deque(
             (output, LOST_STEP if output.num_scheduled_tokens else old) for output, old in self._flying
         )

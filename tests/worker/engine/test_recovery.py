@@ -109,7 +109,8 @@ class TestAStageThatDies:
             world[f"0.{place}"].die()
             world.wait_serving(*self.serving(place))
             boundary = world.pipeline.boundary()
-            world.pipeline.rolled_back(boundary.stamp, 1, 40, 0.001)
+            world.pipeline.rolled_back(boundary, 1, 0.001)
+            world.pipeline.resumed([40], 0)
             assert world.state.recoveries_total == 0  # not before the first token
             step, _ = world.submit()
             world[self.serving(place)[-1]].answer(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -155,8 +156,8 @@ def test_rolling_back_is_told_to_the_pipeline(rig: Rig) -> None:
     rig.run(steps=8)
     rig.lose()
     rig.scheduler.schedule()
-    ((stamp, requests, tokens),) = rig.pipeline.rolled
-    assert (stamp, requests) == (Stamp(1, 2), 1)
+    assert rig.pipeline.rolled == [(Stamp(1, 2), 1)]
+    (tokens,) = rig.pipeline.recomputed
     assert 30 <= tokens < 30 + 20
 
 
@@ -188,7 +189,7 @@ class TestSmallerDonors:
         rig.lose(stitched=False)
         rig.run(steps=3)
         at = rig.pipeline.at
-        rig.pipeline.at = Boundary(at.stamp, True, 16, 0.0)
+        rig.pipeline.at = replace(at, stitched=True, capacity_blocks=16, waiting_seconds=0.0)
         rig.run()
         rig.check()
 

@@ -85,6 +85,9 @@ class FakeModel:
         self.kv = self.kv or KVCache(layout, home_blocks, pool_blocks, names, BLOCK_SIZE, 0.5, 0.0)
         return self.kv
 
+    def block_store(self) -> None:
+        """There is no content to copy."""
+
     def requests(self) -> Collection[str]:
         return tuple(self.held)
 

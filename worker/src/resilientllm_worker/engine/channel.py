@@ -27,6 +27,7 @@ from resilientllm_worker.protocol.messages import (
     KVDescription,
     LinkLost,
     Message,
+    ReplicationReport,
     StageFailing,
     StageWelcome,
     StepFailed,
@@ -114,11 +115,13 @@ class Channel:
         on_result: Callable[[StepResult], None],
     ) -> None:
         self.ref = ref
-        self.has_kv = False
-        """Its KV cache is allocated. Written by this channel's own thread only."""
+        self.usable_since = 0.0
+        """Monotonic seconds: connected, and with its KV cache."""
         self.welcome: StageWelcome | None = None
         self.trouble = ""
         """Why a stage that answers cannot be used, for people."""
+        self.replication: ReplicationReport | None = None
+        """How its copying goes, as of its last heartbeat."""
         self._instance = instance
         self._digest = digest
         self._token = token
@@ -134,12 +137,29 @@ class Channel:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._heard = 0.0
+        self._has_kv = False
         self._loss = (LossReason.RESET, "")
         self._thread = threading.Thread(target=self._live, name=f"stage-{ref.id}", daemon=True)
 
     @property
     def id(self) -> StageId:
         return self.ref.id
+
+    @property
+    def has_kv(self) -> bool:
+        """Its KV cache is allocated."""
+        return self._has_kv
+
+    @has_kv.setter
+    def has_kv(self, has_kv: bool) -> None:
+        """By this channel's own thread only."""
+        if has_kv and not self._has_kv:
+            self.usable_since = time.monotonic()
+        self._has_kv = has_kv
+
+    @property
+    def usable(self) -> bool:
+        return self.connected and self._has_kv
 
     @property
     def connected(self) -> bool:
@@ -211,6 +231,7 @@ class Channel:
             connection.close()
             was_connected, self._connection = self._connection is not None, None
             self.has_kv = False
+            self.replication = None
             with self._lock:
                 calls = list(self._calls)
             for number in calls:
@@ -245,6 +266,7 @@ class Channel:
                 case StepResult():
                     self._on_result(message)
                 case Heartbeat():
+                    self.replication = message.replication
                     if message.has_kv and not self.has_kv:
                         self.has_kv = True
                         self._on_event(Connected(self, welcome))

@@ -12,24 +12,15 @@ import logging
 import queue
 import threading
 import time
-import uuid
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from resilientllm_api.engine_state import (
-    EnginePhase,
-    EngineState,
-    LossReason,
-    Recovery,
-    RecoveryKind,
-    StageServing,
-)
-from resilientllm_api.plan import Plan, StageId, StageRef
+from resilientllm_api.engine_state import EngineState, LossReason
+from resilientllm_api.plan import Plan, ReplicationMode, StageId, StageRef
 
+from resilientllm_worker.engine.bars import Bars
 from resilientllm_worker.engine.channel import (
     CallFailed,
     CannotLink,
@@ -42,15 +33,22 @@ from resilientllm_worker.engine.channel import (
     StageGone,
     StepRefused,
 )
-from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, is_home
+from resilientllm_worker.engine.recoveries import Recoveries
+from resilientllm_worker.engine.report import View, engine_state
+from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, keepers
+from resilientllm_worker.protocol.blocks import pack_blocks, unpack_blocks, unpack_numbers
 from resilientllm_worker.protocol.messages import (
     AllocateKV,
     DescribeKV,
     Fence,
+    Forget,
     KVAllocated,
     KVDescription,
     Message,
     Release,
+    ReplicateTo,
+    Seal,
+    Sealed,
     Stamp,
     Step,
     StepResult,
@@ -58,18 +56,22 @@ from resilientllm_worker.protocol.messages import (
     Stitched,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
 STITCH_SECONDS = 3.0
 ALLOCATE_SECONDS = 600.0
-BAR_SECONDS = 1.0
-"""How long a stage that refused, or whose link broke while it lived, is left alone; twice as long every time after."""
-LONGEST_BAR_SECONDS = 8.0
-FORGIVEN_AFTER_SECONDS = 30.0
+CAUGHT_UP_SECONDS = 0.25
+"""A returning stage has caught up when no sealed block has been waiting for longer, and few are waiting at all."""
+FEW_BLOCKS = 32
+CATCH_UP_SECONDS = 60.0
+"""After so long it takes its place as it is: a donor that serves two tenants is the worse evil."""
 LINK_GRACE_SECONDS = 0.02
 """A dead stage resets its links and its command channel; wait so long for the second before blaming the link."""
-RECOVERIES_KEPT = 10
 
 
 class AttachFailed(Exception):
@@ -87,6 +89,18 @@ class LostStep:
 LOST_STEP = LostStep()
 
 
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """What a stage that came into the pipeline has of this instance's sealed blocks."""
+
+    place: int
+    stamp: Stamp
+    """Of the stitch that it came in with."""
+    blocks: NDArray[np.int32]
+    numbers: NDArray[np.int64]
+    """Of the seals that their content was stored under."""
+
+
 @dataclass(frozen=True)
 class Boundary:
     """What the scheduler must know between two steps."""
@@ -97,24 +111,8 @@ class Boundary:
     """The smallest number of KV blocks that any serving stage gives this instance."""
     waiting_seconds: float
     """How long the pipeline has been incomplete; 0 if it is complete."""
-
-
-@dataclass
-class _Recovery:
-    """The record of a re-stitch that is going on."""
-
-    record: Recovery
-    detected: float
-    stitched: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Bar:
-    """A stage that is left alone."""
-
-    until: float
-    """Monotonic seconds."""
-    seconds: float
+    newcomers: tuple[Holding, ...] = ()
+    """Stages that came into the pipeline since the scheduler last rolled back. The others have all that was sealed."""
 
 
 class Pipeline:
@@ -131,20 +129,24 @@ class Pipeline:
         self._serving: tuple[Channel, ...] = ()
         self._stitched = False
         self._capacity = 0
+        self._block_tokens = 0
+        self._replication_obstacle = "the engine starts"
         self._incomplete_since = time.monotonic()
         self._failure = ""
         self._opened = False
-        self._recovery: _Recovery | None = None
-        self._recoveries: deque[Recovery] = deque(maxlen=RECOVERIES_KEPT)
-        self._recoveries_total = 0
-        self._tokens_recomputed_total = 0
+        self._newcomers: tuple[Holding, ...] = ()
+        self._recoveries = Recoveries()
         self._in_flight: dict[int, Future[Any]] = {}
         self._next_step = 0
         self._load = (0, 0)
         # The conductor's own.
         self._assignment: Assignment = ()
+        self._incarnations: tuple[tuple[StageId, str], ...] = ()
+        """Of the stages that were last stitched, in pipeline order: another incarnation has lost all KV."""
+        self._keepers: dict[Channel, tuple[Stamp, StageRef | None]] = {}
+        """Where each serving stage was last told to replicate to, and under which stamp."""
         self._next_tick = time.monotonic()
-        self._barred: dict[StageId, _Bar] = {}
+        self._bars = Bars()
         self._borrowed: set[Channel] = set()
         """Donors that may keep a place for us: they were asked to stitch, and not released since."""
         self._allocation: tuple[str, int, dict[int, list[list[str]]]] | None = None
@@ -174,7 +176,7 @@ class Pipeline:
                     break
                 limit = self._plan.limits.attach_timeout_seconds if self._plan else 3600.0
                 if time.monotonic() - started > limit:
-                    raise AttachFailed(f"waited {limit:.0f} s; {self._message()}")
+                    raise AttachFailed(f"waited {limit:.0f} s; {self.state().message}")
                 self._changed.wait(0.2)
             for channel in (self._channels[ref.id] for ref in self._plan.stages):
                 if channel.welcome is not None and channel.welcome.stages != len(self._plan.stages):
@@ -207,6 +209,12 @@ class Pipeline:
                 )
             if self._failure:
                 raise AttachRefused(self._failure)
+
+    def set_cache(self, block_tokens: int, obstacle: str) -> None:
+        """What the scheduler says of its KV cache: tokens in a block, and why it cannot be replicated, if so."""
+        with self._changed:
+            self._block_tokens, self._replication_obstacle = block_tokens, obstacle
+        self._events.put(lambda: None)
 
     def close(self) -> None:
         self._events.put(None)
@@ -246,7 +254,7 @@ class Pipeline:
             if not self._stitched and wait_seconds:
                 self._changed.wait_for(lambda: self._stitched, wait_seconds)
             waiting = 0.0 if self._stitched else time.monotonic() - self._incomplete_since
-            return Boundary(self._stamp, self._stitched, self._capacity, waiting)
+            return Boundary(self._stamp, self._stitched, self._capacity, waiting, self._newcomers)
 
     @property
     def wait_for_donor_seconds(self) -> float:
@@ -273,39 +281,52 @@ class Pipeline:
         serving[-1].send(last)
         return future
 
-    def rolled_back(self, stamp: Stamp, requests: int, tokens: int, seconds: float) -> None:
-        """The scheduler has stepped back to delivered tokens for the topology of ``stamp``."""
+    def rolled_back(self, boundary: Boundary, requests: int, seconds: float) -> None:
+        """The scheduler has stepped back to delivered tokens, and kept what all of ``boundary.newcomers`` hold."""
         with self._changed:
-            self._tokens_recomputed_total += tokens
-            going = self._recovery
-            if going is None:
+            if boundary.stitched:
+                self._newcomers = tuple(new for new in self._newcomers if new.stamp > boundary.stamp)
+            self._recoveries.rolled_back(requests, seconds)
+
+    def resumed(self, recomputed: list[int], kept: int) -> None:
+        """Requests that were rolled back are scheduled again; see `Recoveries.resumed`."""
+        with self._changed:
+            self._recoveries.resumed(recomputed, kept)
+
+    def seal(self, sealed_under: Stamp, seals: list[Seal], ended: list[int]) -> bool:
+        """Tell the serving stages which blocks are sealed. False if the topology has changed: nobody was told."""
+        with self._changed:
+            if not self._stitched or sealed_under != self._stamp:
+                return False
+            serving = self._serving
+        message = Sealed(sealed_under, seals, ended)
+        for channel in serving:
+            channel.send(message)
+        return True
+
+    def forget(self, stamp: Stamp, place: int, blocks: NDArray[np.int32]) -> None:
+        """Tell the stage at ``place`` what of its sealed content nobody will ask for."""
+        with self._changed:
+            if not self._stitched or stamp != self._stamp:
                 return
-            # Twice for one recovery if the engine thread looked while it was going on.
-            before = going.record.phases_ms.get("rollBack", 0.0)
-            phases = {**going.record.phases_ms, "rollBack": before + _ms(seconds)}
-            going.record = going.record.model_copy(
-                update={
-                    "requests": going.record.requests + requests,
-                    "tokens_recomputed": going.record.tokens_recomputed + tokens,
-                    "phases_ms": phases,
-                }
-            )
+            channel = self._serving[place]
+        channel.send(Forget(stamp, pack_blocks(blocks)))
 
     def note_load(self, running: int, waiting: int) -> None:
         self._load = (running, waiting)
-        if running or waiting or self._recovery is None:
+        if running or waiting or not self._recoveries.going:
             return
         with self._changed:
-            if self._recovery is not None and self._stitched:  # nobody is left whose token could end it
-                self._finish_recovery(time.monotonic())
+            if self._stitched:  # nobody is left whose token could end it
+                self._recoveries.finish(time.monotonic())
 
     def _on_result(self, result: StepResult) -> None:
         with self._changed:
             if result.stamp != self._stamp:
                 return
             future = self._in_flight.pop(result.step, None)
-            if self._recovery is not None and self._stitched and any(result.sampled_token_ids):
-                self._finish_recovery(time.monotonic())
+            if self._recoveries.going and self._stitched and any(result.sampled_token_ids):
+                self._recoveries.finish(time.monotonic())
         if future is not None:
             future.set_result(result)
 
@@ -313,60 +334,22 @@ class Pipeline:
 
     def state(self) -> EngineState:
         with self._changed:
-            plan, running, waiting = self._plan, *self._load
-            serving = {channel.id.stage: channel.id for channel in self._serving} if self._stitched else {}
-            own = self._stitched and plan is not None and is_home(plan, self._assignment)
-            stages = tuple(
-                StageServing(
-                    stage=place,
-                    served_by=serving.get(place),
-                    own_connected=self._channels[ref.id].connected,
-                    donors_connected=sum(self._channels[donor.id].connected for donor in plan.donors[place]),
+            return engine_state(
+                View(
+                    instance=self._instance,
+                    plan=self._plan,
+                    channels=self._channels,
+                    stamp=self._stamp,
+                    assignment=self._assignment,
+                    serving=self._serving if self._stitched else (),
+                    keepers={channel.id: keeper for channel, (_, keeper) in self._keepers.items()},
+                    block_tokens=self._block_tokens,
+                    obstacle=self._replication_obstacle,
+                    failure=self._failure,
+                    recoveries=self._recoveries,
+                    load=self._load,
                 )
-                for place, ref in enumerate(plan.stages if plan else ())
-                if plan is not None
             )
-            return EngineState(
-                instance=self._instance,
-                phase=self._phase(own),
-                message=self._failure or self._message(),
-                term=self._stamp.term,
-                epoch=self._stamp.epoch,
-                plan_version=plan.version if plan else 0,
-                serving=self._stitched,
-                on_own_stages=own,
-                stages=stages,
-                recoveries=tuple(self._recoveries),
-                recoveries_total=self._recoveries_total,
-                requests_running=running,
-                requests_waiting=waiting,
-                tokens_recomputed_total=self._tokens_recomputed_total,
-            )
-
-    def _phase(self, own: bool) -> EnginePhase:
-        if self._failure:
-            return EnginePhase.FAILED
-        if self._stitched:
-            return EnginePhase.SERVING if own else EnginePhase.DEGRADED
-        if self._plan is None:
-            return EnginePhase.STARTING
-        if self._stamp.epoch == 0:
-            return EnginePhase.ATTACHING
-        return EnginePhase.RECOVERING if is_complete(self._assignment) else EnginePhase.WAITING
-
-    def _message(self) -> str:
-        if self._stitched:
-            return ""
-        if self._plan is None:
-            return "waits for its plan"
-        own = [self._channels[ref.id] for ref in self._plan.stages]
-        unusable = [channel for channel in own if channel.trouble or not channel.connected]
-        if not unusable and self._stamp.epoch > 0:
-            unusable = [channel for channel in own if not channel.has_kv]
-        if not unusable:
-            return "stitches its stages"
-        troubles = [channel.trouble for channel in unusable if channel.trouble]
-        return "; ".join([f"waits for stage {', '.join(str(channel.id) for channel in unusable)}", *troubles])
 
     # --- the conductor thread ----------------------------------------------------------------------------------
 
@@ -410,7 +393,7 @@ class Pipeline:
             case StepRefused():
                 if event.report.stamp == self._stamp:
                     logger.error("stage %s refused a step: %s", event.channel.id, event.report.reason)
-                    self._bar(event.channel.id)
+                    self._bars.add(event.channel.id, time.monotonic())
                     self._settle_topology(event.channel.id, LossReason.SELF, event.at)
             case _:
                 event()
@@ -505,35 +488,71 @@ class Pipeline:
             neighbour = dict(enumerate(self._assignment)).get(event.report.stage)
             if neighbour is not None:
                 logger.warning("link to stage %s is broken: %s", neighbour, event.report.detail)
-                self._bar(neighbour)
+                self._bars.add(neighbour, now)
                 self._settle_topology(neighbour, LossReason.NEIGHBOUR, event.at)
-
-    def _bar(self, stage: StageId) -> None:
-        now, last = time.monotonic(), self._barred.get(stage)
-        again = last is not None and now - last.until < FORGIVEN_AFTER_SECONDS
-        seconds = min(2 * last.seconds, LONGEST_BAR_SECONDS) if last is not None and again else BAR_SECONDS
-        self._barred[stage] = _Bar(now + seconds, seconds)
 
     def _settle_topology(self, cause: StageId | None, reason: LossReason | None, at: float) -> None:
         """Bring the pipeline to what `assign` wants; again if a stage fails meanwhile."""
         while self._opened and self._plan is not None:
             now = time.monotonic()
-            seen = {
-                name: Sight(channel.connected, channel.has_kv, bar.until if (bar := self._barred.get(name)) else 0.0)
-                for name, channel in self._channels.items()
-            }
-            wanted = assign(self._plan, seen, self._assignment, now)
+            seen = self._seen()
+            wanted = assign(self._plan, seen, self._assignment, now, self._keeping())
             channels_wanted = tuple(self._channels.get(name) for name in wanted if name is not None)
             # The same stage in another incarnation, or at another address, has nothing of ours.
             was_lost = reason is not None and cause in wanted
             if self._stitched and channels_wanted == self._serving and not was_lost:
-                return
+                break
             if not is_complete(wanted):
                 self._suspend(wanted, cause, reason, at)
-                return
+                break
             if self._stitch(wanted, cause, reason, at):
-                return
+                break
             reason = reason or LossReason.SELF
+        self._direct_replication()
+
+    def _seen(self) -> dict[StageId, Sight]:
+        return {
+            name: Sight(channel.connected, channel.has_kv, self._bars.until(name), self._has_caught_up(channel))
+            for name, channel in self._channels.items()
+        }
+
+    def _has_caught_up(self, channel: Channel) -> bool:
+        """Whether a stage that a donor serves for could take its place back with next to nothing to compute."""
+        if self._plan is None or not self._stitched or channel.id.instance != self._instance or not channel.usable:
+            return True
+        donor = self._serving[channel.id.stage]
+        if donor is channel or self._replication_obstacle or self._plan.replication is ReplicationMode.NONE:
+            return True
+        if time.monotonic() - channel.usable_since > CATCH_UP_SECONDS:
+            return True
+        report = donor.replication
+        return (
+            report is not None
+            and report.connected
+            and report.address == channel.ref.address
+            and report.lag_seconds < CAUGHT_UP_SECONDS
+            and report.lag_blocks <= max(FEW_BLOCKS, report.sealed_blocks // 16)
+        )
+
+    def _direct_replication(self) -> None:
+        """Tell every serving stage where its sealed blocks are to be kept, if that has changed."""
+        if not self._stitched or self._plan is None:
+            return
+        wanted: dict[Channel, tuple[Stamp, StageRef | None]] = {}
+        chosen = keepers(self._plan, self._seen(), self._assignment, self._keeping(), time.monotonic())
+        for channel, keeper in zip(self._serving, chosen, strict=True):
+            ref = self._channels[keeper].ref if keeper is not None and not self._replication_obstacle else None
+            wanted[channel] = (self._stamp, ref)
+            if self._keepers.get(channel, (None, None)) != wanted[channel]:
+                channel.send(ReplicateTo(self._stamp, ref.address if ref is not None else None))
+                logger.info("blocks of stage %s are kept by %s", channel.id, ref.id if ref else "nobody")
+        with self._changed:
+            self._keepers = wanted
+
+    def _keeping(self) -> Assignment:
+        """Who keeps the copies of every place now."""
+        told = [self._keepers.get(channel) for channel in self._serving]
+        return tuple(entry[1].id if entry is not None and entry[1] is not None else None for entry in told)
 
     def _begin(
         self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float
@@ -554,25 +573,13 @@ class Pipeline:
         return stamp, before
 
     def _record(self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float) -> None:
-        """Open the record of this re-stitch, or widen the open one: until a token comes, it is one incident."""
         changed = {
             place
             for place, (old, new) in enumerate(zip(self._assignment or wanted, wanted, strict=True))
             if old != new or (reason is not None and new == cause)
         }
-        if self._recovery is not None:
-            record = self._recovery.record
-            self._recovery.record = record.model_copy(update={"stages": tuple(sorted(changed | {*record.stages}))})
-            return
         comes_home = all((stage := wanted[place]) is not None and stage.instance == self._instance for place in changed)
-        record = Recovery(
-            id=uuid.uuid4().hex[:12],
-            kind=RecoveryKind.SWAP_BACK if reason is None and comes_home else RecoveryKind.BORROW,
-            stages=tuple(sorted(changed)),
-            reason=reason,
-            detected_at=datetime.now(UTC),
-        )
-        self._recovery = _Recovery(record, detected=at)
+        self._recoveries.begin(changed, comes_home, reason, at)
 
     def _suspend(self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float) -> None:
         """No stage can take a place: fence what is left, and wait."""
@@ -596,31 +603,19 @@ class Pipeline:
         fenced = time.monotonic()
         self._borrowed.update(channel for channel in channels if channel.id.instance != self._instance)
         if (refused := self._call_stitch(stamp, channels)) is not None:
-            self._bar(refused)
+            self._bars.add(refused, time.monotonic())
             return False
         self._release(stamp, keep=channels)
         stitched = time.monotonic()
         with self._changed:
-            waited = self._recovery is not None and not is_complete(self._assignment) and bool(self._assignment)
+            waited = not is_complete(self._assignment) and bool(self._assignment)
             self._assignment = wanted
             self._serving = channels
             self._stitched = True
             self._incomplete_since = 0.0
-            if self._recovery is not None:
-                going = self._recovery
-                start = going.detected
-                phases = dict(going.record.phases_ms)
-                if waited:
-                    phases["wait"] = _ms(at - start)
-                    start = at
-                phases["fence"] = _ms(fenced - start)
-                phases["stitch"] = _ms(stitched - fenced)
-                going.record = going.record.model_copy(
-                    update={"phases_ms": phases, "served_by": tuple(channel.id for channel in channels)}
-                )
-                going.stitched = stitched
-                if self._load == (0, 0):
-                    self._finish_recovery(stitched)
+            self._recoveries.stitched(tuple(channel.id for channel in channels), at, fenced, stitched, waited)
+            if self._load == (0, 0):
+                self._recoveries.finish(stitched)
             self._changed.notify_all()
         logger.info("stitched %s at epoch %d", " → ".join(str(channel.id) for channel in channels), stamp.epoch)
         return True
@@ -634,9 +629,13 @@ class Pipeline:
     def _call_stitch(self, stamp: Stamp, channels: tuple[Channel, ...]) -> StageId | None:
         """Stitch all stages at once. Returns the stage that could not, or None."""
         futures: dict[StageId, Future[Stitched]] = {}
+        incarnations = tuple((channel.id, channel.welcome.boot if channel.welcome else "") for channel in channels)
+        fresh = [len(self._incarnations) > 0 and each not in self._incarnations for each in incarnations]
         for place, channel in enumerate(channels):
             following = channels[place + 1].ref.address if place + 1 < len(channels) else None
-            futures[channel.id] = channel.call(lambda call, following=following: Stitch(call, stamp, following))  # type: ignore[misc]
+            futures[channel.id] = channel.call(
+                lambda call, following=following, new=fresh[place]: Stitch(call, stamp, following, new)  # type: ignore[misc]
+            )
         wait(futures.values(), STITCH_SECONDS, return_when=FIRST_EXCEPTION)
         if any(isinstance(_error(future), CannotLink) for future in futures.values()):
             # Of a stage that has just died, its neighbour may know before we do.
@@ -650,20 +649,17 @@ class Pipeline:
             if not future.done():
                 logger.error("stage %s did not answer to a stitch in %.0f s", stage, STITCH_SECONDS)
                 return stage
-        self._capacity = min(future.result().capacity_blocks for future in futures.values())
+        answers = [future.result() for future in futures.values()]
+        newcomers = [
+            Holding(place, stamp, unpack_blocks(answer.held_blocks), unpack_numbers(answer.held_numbers))
+            for place, answer in enumerate(answers)
+            if fresh[place]
+        ]
+        with self._changed:
+            self._capacity = min(answer.capacity_blocks for answer in answers)
+            self._newcomers += tuple(newcomers)
+        self._incarnations = incarnations
         return None
-
-    def _finish_recovery(self, now: float) -> None:
-        """First token after it, or no request to give one. Under `_changed`."""
-        going, self._recovery = self._recovery, None
-        assert going is not None
-        phases = {
-            **going.record.phases_ms,
-            "resume": _ms(now - going.stitched),
-            "total": _ms(now - going.detected),
-        }
-        self._recoveries.append(going.record.model_copy(update={"phases_ms": phases, "resumed_at": datetime.now(UTC)}))
-        self._recoveries_total += 1
 
 
 def _error(future: Future[Stitched]) -> BaseException | None:
@@ -674,7 +670,3 @@ def _error(future: Future[Stitched]) -> BaseException | None:
 def _blame(error: BaseException) -> int:
     """Whom to believe first: a stage that has gone is a fact, a link that cannot be made may be its consequence."""
     return 0 if isinstance(error, StageGone) else 2 if isinstance(error, CannotLink) else 1
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000.0, 3)

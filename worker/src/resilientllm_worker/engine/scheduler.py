@@ -1,5 +1,7 @@
 """Seam: vLLM's Scheduler. Steps back to delivered tokens when the pipeline changed, and holds still while it is broken.
 
+What the new pipeline has of the requests' KV stays in the prefix cache, so that only the rest is computed again.
+
 Made for vLLM 0.32; relies on ``_preempt_request``, the in-flight and stale counters of `Request`, and
 ``grammar_compile_error_reqs`` (requests in it fail explicitly at the next ``update_from_output``).
 """
@@ -16,7 +18,8 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
 from resilientllm_worker.engine.meeting_point import pipeline_of
 from resilientllm_worker.engine.pipeline import Boundary, LostStep
-from resilientllm_worker.protocol.messages import Stamp
+from resilientllm_worker.protocol.messages import Seal, Stamp
+from resilientllm_worker.seams.prefix_cache import PrefixCache
 from resilientllm_worker.seams.scheduler_output import unsupported_in_request
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 HOLD_SECONDS = 0.05
 """How long the engine thread waits for a complete pipeline before it looks at aborts and new requests again."""
+SEALS_LINGER_SECONDS = 0.02
+"""Stages are told of sealed blocks at most so often: each telling costs as much as a small step's command."""
 
 
 class ResilientScheduler(Scheduler):
@@ -40,9 +45,23 @@ class ResilientScheduler(Scheduler):
         self._pipeline = pipeline_of(self.vllm_config.instance_id)
         boundary = self._pipeline.boundary()
         self._stamp: Stamp = boundary.stamp
+        self._settled = True
+        """Whether it is known what the pipeline of this stamp holds; not before it is stitched."""
         self._balloon: list[KVCacheBlock] = []
         self._rejected: set[str] = set()
+        self._cache = PrefixCache(self.kv_cache_manager)
+        self._seals: list[Seal] = []
+        self._ended: list[int] = []
+        self._seals_told = 0.0
+        self._owed: dict[str, int] = {}
+        """Requests that were rolled back and are not scheduled again yet: how many of their tokens had KV."""
         self._limit(boundary.capacity_blocks)
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        obstacle = self._cache.obstacle
+        if ranks > 1:
+            obstacle = f"stages of {ranks} tensor-parallel ranks are not replicated yet"
+        self._replicates = not obstacle
+        self._pipeline.set_cache(self._cache.block_tokens, obstacle)
 
     # --- vLLM's interface --------------------------------------------------------------------------------------
 
@@ -63,8 +82,12 @@ class ResilientScheduler(Scheduler):
         self._rejected &= self.requests.keys()
         if self._rejected:  # empty steps until they have failed, which happens when a step comes back
             return SchedulerOutput.make_empty()
+        self._tell_seals(SEALS_LINGER_SECONDS)
         output = super().schedule(throttle_prefills)
         output.resilient_stamp = self._stamp
+        self._ended += self._cache.end(output.finished_req_ids)
+        if self._owed:
+            self._note_resumed(output)
         return output
 
     def update_from_output(
@@ -74,8 +97,12 @@ class ResilientScheduler(Scheduler):
             self._roll_back_to(self._pipeline.boundary())
             # All requests of a lost step are marked to drop its output, so stock accounting drains it by itself.
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
+        elif self._replicates and scheduler_output.num_scheduled_tokens:
+            self._seal(scheduler_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._pipeline.note_load(len(self.running), len(self.waiting))
+        if not self.running:
+            self._tell_seals(0.0)  # vLLM asks for no more steps
         return outputs
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
@@ -83,19 +110,44 @@ class ResilientScheduler(Scheduler):
         self._deflate()
         try:
             done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+            if done:
+                self._cache.forget_all()
         finally:
             # The same blocks again: a donor has room for no more ids than those that were left over.
             self.kv_cache_manager.block_pool.touch(held)
             self._balloon = held
         return done
 
+    # --- sealing -----------------------------------------------------------------------------------------------
+
+    def _seal(self, done: SchedulerOutput) -> None:
+        """Seal what the requests of a step have filled, before stock code may take their blocks away."""
+        if done.resilient_stamp != self._stamp:
+            return  # of an older topology: all of its requests have been rolled back
+        processed: list[tuple[Request, int]] = []
+        for name, scheduled in done.num_scheduled_tokens.items():
+            request = self.requests.get(name)
+            # With stale output it was preempted while in flight: its blocks are not its own any more.
+            if request is None or request.is_finished() or request.num_stale_output_tokens:
+                continue
+            processed.append((request, request.num_computed_tokens - request.num_in_flight_tokens + scheduled))
+        self._seals += self._cache.seal(processed)
+
+    def _tell_seals(self, linger_seconds: float) -> None:
+        """Stages get orders and steps in one sequence, so a block that a later step takes is never sealed too late."""
+        if not (self._seals or self._ended) or time.monotonic() - self._seals_told < linger_seconds:
+            return
+        self._seals_told = time.monotonic()
+        seals, ended = self._cache.valid(self._seals), self._ended
+        self._seals, self._ended = [], []
+        if not self._pipeline.seal(self._stamp, seals, ended):
+            self._cache.unseal(seals)
+
     # --- rolling back ------------------------------------------------------------------------------------------
 
     def _roll_back_to(self, boundary: Boundary) -> None:
         """Step back to delivered tokens if the topology has changed. What was computed on lost KV is computed again."""
-        if boundary.stamp == self._stamp:
-            if boundary.stitched and not self._balloon:
-                self._limit(boundary.capacity_blocks)
+        if boundary.stamp == self._stamp and (self._settled or not boundary.stitched):
             return
         started = time.monotonic()
         for request in self.requests.values():
@@ -103,17 +155,34 @@ class ResilientScheduler(Scheduler):
             if request.num_stale_output_tokens > 0:
                 request.drop_stale_output = True
         requests = len(self.running)
-        tokens = sum(max(0, request.num_computed_tokens - request.num_in_flight_tokens) for request in self.running)
         while self.running:
-            self._preempt_request(self.running.pop(), started, drop_stale_output=True)
+            request = self.running.pop()
+            self._owed[request.request_id] = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+            self._preempt_request(request, started, drop_stale_output=True)
         self.prev_step_scheduled_req_ids.clear()
+        self._cache.unseal(self._seals)
+        self._seals = []
         self._deflate()
-        if not self.kv_cache_manager.reset_prefix_cache():
-            raise RuntimeError("KV blocks are still in use after all requests were rolled back")
         if boundary.stitched:
+            forgettable = self._cache.keep([(new.blocks, new.numbers) for new in boundary.newcomers])
             self._limit(boundary.capacity_blocks)
-        self._stamp = boundary.stamp
-        self._pipeline.rolled_back(boundary.stamp, requests, tokens, time.monotonic() - started)
+        self._stamp, self._settled = boundary.stamp, boundary.stitched
+        self._pipeline.rolled_back(boundary, requests, time.monotonic() - started)
+        if boundary.stitched:
+            for new, blocks in zip(boundary.newcomers, forgettable, strict=True):
+                if len(blocks):
+                    self._pipeline.forget(boundary.stamp, new.place, blocks)
+
+    def _note_resumed(self, output: SchedulerOutput) -> None:
+        recomputed: list[int] = []
+        kept = 0
+        for new in output.scheduled_new_reqs:
+            if (owed := self._owed.pop(new.req_id, None)) is not None:
+                recomputed.append(max(0, owed - new.num_computed_tokens))
+                kept += min(owed, new.num_computed_tokens)
+        if recomputed:
+            self._pipeline.resumed(recomputed, kept)
+        self._owed = {name: owed for name, owed in self._owed.items() if name in self.requests}
 
     def _fail_overdue(self, waiting_seconds: float) -> None:
         """Requests that waited for a donor longer than the plan allows fail, with an error that clients can see."""
@@ -129,13 +198,15 @@ class ResilientScheduler(Scheduler):
     # --- the balloon: blocks that the pipeline cannot hold -------------------------------------------------------
 
     def _limit(self, capacity_blocks: int) -> None:
-        """Keep out of use what the smallest serving stage has no room for."""
-        usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # the null block is nobody's
-        self._inflate(max(0, usable - capacity_blocks) - len(self._balloon))
-
-    def _inflate(self, blocks: int) -> None:
-        if blocks > 0:
-            self._balloon.extend(self.kv_cache_manager.block_pool.get_new_blocks(blocks))
+        """Keep out of use what the smallest serving stage has no room for: never a block that has content there."""
+        pool = self.kv_cache_manager.block_pool
+        excess = pool.num_gpu_blocks - 1 - capacity_blocks - len(self._balloon)  # the null block is nobody's
+        if excess <= 0:
+            return
+        free = pool.free_block_queue.get_all_free_blocks()
+        spare = [block for block in free if not self._cache.is_kept(block)][:excess]
+        pool.touch(spare)
+        self._balloon.extend(spare)
 
     def _deflate(self) -> None:
         if self._balloon:

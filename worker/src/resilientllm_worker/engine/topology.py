@@ -1,4 +1,4 @@
-"""Which stage serves which place: a pure decision over what the engine sees.
+"""Which stage serves which place, and which keeps copies for it: pure decisions over what the engine sees.
 
 Level-triggered: ask it after any change.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from resilientllm_api.plan import Plan, StageId
+from resilientllm_api.plan import Plan, ReplicationMode, StageId
 
 Assignment = tuple[StageId | None, ...]
 """For every place of the pipeline the stage that serves it; None where nobody can."""
@@ -22,6 +22,8 @@ class Sight:
     """Its KV cache is allocated, so it can serve at once."""
     barred_until: float = 0.0
     """Monotonic seconds. It refused, or its link broke while it lived: leave it alone for a while."""
+    caught_up: bool = True
+    """It has what the stage that serves in its place has sealed, but for the last moment's."""
 
     def usable(self, now: float) -> bool:
         return self.connected and self.has_kv and now >= self.barred_until
@@ -30,23 +32,46 @@ class Sight:
 UNSEEN = Sight(connected=False, has_kv=False)
 
 
-def assign(plan: Plan, seen: dict[StageId, Sight], current: Assignment, now: float) -> Assignment:
-    """Own stage first; else stay with the donor at work; else the plan's first donor that is usable."""
+def assign(
+    plan: Plan, seen: dict[StageId, Sight], current: Assignment, now: float, keeping: Assignment = ()
+) -> Assignment:
+    """Own stage first; else stay with the donor at work; else who keeps the copies; else the plan's first donor.
 
-    def usable(stage: StageId) -> bool:
-        return seen.get(stage, UNSEEN).usable(now)
-
+    An own stage that comes back while a donor serves waits until it has caught up.
+    """
     chosen: list[StageId | None] = []
     for place, own in enumerate(plan.stages):
-        at_work = current[place] if place < len(current) else None
         donors = [donor.id for donor in plan.donors[place]]
-        if usable(own.id):
-            chosen.append(own.id)
-        elif at_work in donors and usable(at_work):
-            chosen.append(at_work)
-        else:
-            chosen.append(next((donor for donor in donors if usable(donor)), None))
+        favourites = [stage for stage in (_at(current, place), _at(keeping, place)) if stage in donors]
+        candidates = [own.id, *favourites, *donors]
+        if not seen.get(own.id, UNSEEN).caught_up and _at(current, place) in donors:
+            candidates = [*favourites, own.id, *donors]
+        chosen.append(next((stage for stage in candidates if seen.get(stage, UNSEEN).usable(now)), None))
     return tuple(chosen)
+
+
+def keepers(
+    plan: Plan, seen: dict[StageId, Sight], assignment: Assignment, keeping: Assignment, now: float
+) -> Assignment:
+    """For every place the stage that keeps copies of the sealed blocks of whoever serves it; None where nobody can.
+
+    Stays with the one at work: a change means to send everything again. A donor's blocks are kept by the own stage as
+    soon as that is there, so that it can take its place back without computing anything.
+    """
+    chosen: list[StageId | None] = []
+    for place, own in enumerate(plan.stages):
+        server, candidates = _at(assignment, place), [donor.id for donor in plan.donors[place]]
+        present = _at(keeping, place)
+        if present in candidates:
+            candidates = [present, *candidates]
+        wanted = [own.id, *candidates] if server is not None and plan.replication is ReplicationMode.RING else []
+        usable = (stage for stage in wanted if stage != server and seen.get(stage, UNSEEN).usable(now))
+        chosen.append(next(usable, None))
+    return tuple(chosen)
+
+
+def _at(assignment: Assignment, place: int) -> StageId | None:
+    return assignment[place] if place < len(assignment) else None
 
 
 def is_complete(assignment: Assignment) -> bool:

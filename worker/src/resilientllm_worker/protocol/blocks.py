@@ -16,7 +16,9 @@ _BLOCK = np.dtype("<i4")
 _NUMBER = np.dtype("<i8")
 
 
-def pack_blocks(blocks: Iterable[int]) -> bytes:
+def pack_blocks(blocks: Iterable[int] | NDArray[np.int32]) -> bytes:
+    if isinstance(blocks, np.ndarray):
+        return blocks.astype(_BLOCK).tobytes()
     return np.fromiter(blocks, _BLOCK).tobytes()
 
 

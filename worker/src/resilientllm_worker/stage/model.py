@@ -12,6 +12,7 @@ import torch
 
 from resilientllm_worker.protocol.messages import Step, StepResult
 from resilientllm_worker.seams import kv_cache, pipeline_group
+from resilientllm_worker.seams.kv_blocks import KVBlocks
 from resilientllm_worker.seams.kv_cache_spec import encode_spec
 from resilientllm_worker.seams.model_output import encode_result
 from resilientllm_worker.seams.pipeline_group import Binding, SendHandle
@@ -178,6 +179,12 @@ class Model:
             encoder_seconds=float(times.encoder),
         )
         return self.kv
+
+    def block_store(self) -> KVBlocks | None:
+        """Access to the content of the allocated KV cache; None where this process has only a part of it."""
+        if self.kv is None or self.tensor_parallel > 1:
+            return None
+        return KVBlocks(self._wrapper.worker.model_runner.kv_caches, self.kv.home_blocks + self.kv.pool_blocks)
 
     def run(
         self,

@@ -13,12 +13,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from resilientllm_worker.protocol.blocks import unpack_blocks
 from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
     AllocateKV,
@@ -26,12 +27,17 @@ from resilientllm_worker.protocol.messages import (
     EngineHello,
     Failed,
     Fence,
+    Forget,
     Heartbeat,
     KVAllocated,
     KVDescription,
     LinkHello,
     LinkLost,
     Release,
+    ReplicaHello,
+    ReplicateTo,
+    ReplicaWelcome,
+    Sealed,
     StageFailing,
     StageWelcome,
     Stamp,
@@ -40,12 +46,16 @@ from resilientllm_worker.protocol.messages import (
     Stitch,
     Stitched,
 )
+from resilientllm_worker.replication import tcp
+from resilientllm_worker.replication.keeper import serve_replicas
+from resilientllm_worker.replication.sender import Replicator
 from resilientllm_worker.seams.errors import Malformed
 from resilientllm_worker.stage.activations import BadActivation, Landing, describe
 from resilientllm_worker.stage.tenant import Tenant
-from resilientllm_worker.tenancy.block_map import BlockMap, IdentityMap
-from resilientllm_worker.tenancy.errors import TranslationError
-from resilientllm_worker.tenancy.translate import from_runner, to_runner
+from resilientllm_worker.tenancy.errors import SlotsBusy, TranslationError
+from resilientllm_worker.tenancy.home import HomeBlocks
+from resilientllm_worker.tenancy.pool import Pool
+from resilientllm_worker.tenancy.translate import from_runner, to_runner, written_blocks
 from resilientllm_worker.transport.connection import Connection, dial
 from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed, LinkClosed, ProtocolError
 from resilientllm_worker.transport.link import LinkSender, Posted
@@ -54,14 +64,20 @@ from resilientllm_worker.transport.listener import Listener
 if TYPE_CHECKING:
     import torch
 
+    from resilientllm_worker.replication.channel import ReplicaChannel
+    from resilientllm_worker.replication.store import BlockStore
     from resilientllm_worker.seams.pipeline_group import SendHandle
-    from resilientllm_worker.stage.model import KVNeeds, Model
+    from resilientllm_worker.stage.model import KVCache, KVNeeds, Model
+    from resilientllm_worker.tenancy.blocks import Blocks
 
 logger = logging.getLogger(__name__)
 
 LINK_DIAL_SECONDS = 1.0
 """For the connection, and once more for authentication: less than an engine waits for a stitch."""
 SHORTEST_HEARTBEAT_SECONDS = 0.01
+SLOTS_BUSY_SECONDS = 0.001
+OLD_WRITES_SECONDS = 1.0
+"""How long a stitch waits for what an older topology may still write: less than an engine waits for a stitch."""
 
 
 class StageServer:
@@ -78,6 +94,11 @@ class StageServer:
         self._changed = threading.Condition()
         # All below under `_changed`.
         self._tenants: dict[int, Tenant] = {}
+        self._pool: Pool | None = None
+        self._store: BlockStore | None = None
+        """None: what this stage holds cannot be copied."""
+        self._running: Tenant | None = None
+        """Whose step is in the runner."""
         self._guest: int | None = None
         self._void_prefixes: set[str] = set()
         self._calls: deque[Callable[[], None]] = deque()
@@ -131,18 +152,20 @@ class StageServer:
 
     def _run_step(self, tenant: Tenant, step: Step, inbound: dict[str, torch.Tensor] | None, void: list[str]) -> None:
         with self._changed:
-            if tenant.stamp != step.stamp or tenant.blocks is None:
+            if tenant.stamp != step.stamp or not tenant.stitched:
                 self._void_prefixes.update(void)
                 return  # fenced since it was taken
             blocks, outbound, engine = tenant.blocks, tenant.outbound, tenant.engine
-        assert self._model.kv is not None and engine is not None
+            self._running = tenant
+        assert self._model.kv is not None and blocks is not None and engine is not None
         try:
-            ours = to_runner(step, tenant.prefix, blocks, self._model.kv.block_size)
+            ours = self._translate(step, tenant.prefix, blocks, self._model.kv.block_size)
         except TranslationError as error:
-            with self._changed:
-                self._void_prefixes.update(void)
+            self._end_step(void)
             _tell(engine, StepFailed(step.stamp, step.step, str(error)))
             return
+        with self._changed:
+            self._void(tenant, blocks.overwrite(written_blocks(step, self._model.kv.block_size)))
         if void:
             known = [request for request in self._model.requests() if request.startswith(tuple(void))]
             ours = msgspec.structs.replace(ours, finished=[*ours.finished, *known])
@@ -156,15 +179,30 @@ class StageServer:
         try:
             result = self._model.run(ours, inbound, send if outbound is not None else None)
         except Malformed as error:
-            with self._changed:
-                self._void_prefixes.update(void)
+            self._end_step(void)
             _tell(engine, StepFailed(step.stamp, step.step, str(error)))
             return
         finally:
             self._step_started = None
             self._steps_done += 1
+        self._end_step([])
         if result is not None:
             _tell(engine, from_runner(result, tenant.prefix))
+
+    def _translate(self, step: Step, prefix: str, blocks: Blocks, block_size: int) -> Step:
+        while True:
+            try:
+                return to_runner(step, prefix, blocks, block_size)
+            except SlotsBusy:  # a replica is being written where this step needs a slot: a matter of one batch
+                with self._changed:
+                    self._changed.wait(SLOTS_BUSY_SECONDS)
+
+    def _end_step(self, still_void: list[str]) -> None:
+        """``still_void``: prefixes of requests that the runner was to forget in this step, and did not."""
+        with self._changed:
+            self._running = None
+            self._void_prefixes.update(still_void)
+            self._changed.notify_all()
 
     def _in_runner(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` in the runner thread, between steps, and return what it returns."""
@@ -190,14 +228,36 @@ class StageServer:
             self._serve_engine(connection, hello)
         elif isinstance(hello, LinkHello):
             self._serve_link(connection, hello)
+        elif isinstance(hello, ReplicaHello):
+            self._serve_replicas(connection, hello)
         else:
-            raise ProtocolError(f"expected EngineHello or LinkHello, got {type(hello).__name__}")
+            raise ProtocolError(f"expected EngineHello, LinkHello or ReplicaHello, got {type(hello).__name__}")
 
     def _tenant(self, instance: int) -> Tenant:
         tenant = self._tenants.get(instance)
         if tenant is None:
             tenant = self._tenants[instance] = Tenant(instance, is_home=instance == self._instance)
+        if tenant.blocks is None and self._model.kv is not None:
+            self._give_blocks(tenant, self._model.kv)
         return tenant
+
+    def _give_blocks(self, tenant: Tenant, kv: KVCache) -> None:
+        """The KV cache is there, so every tenant can have blocks in it."""
+        if self._pool is None:
+            self._pool = Pool(kv.home_blocks, kv.pool_blocks)
+            self._store = self._model.block_store()
+        tenant.blocks = HomeBlocks(kv.home_blocks) if tenant.is_home else self._pool.tenant(tenant.instance)
+        store = self._store
+        if store is None:
+            return
+
+        def hello(stamp: Stamp) -> ReplicaHello:
+            return ReplicaHello(PROTOCOL_VERSION, tenant.instance, self._stage, stamp, store.layout, store.block_bytes)
+
+        tenant.replicator = Replicator(store, self._connect_replicas, hello)
+
+    def _connect_replicas(self, address: str, hello: ReplicaHello) -> ReplicaChannel:
+        return tcp.connect(address, self._token, hello)
 
     def _serve_engine(self, connection: Connection, hello: EngineHello) -> None:
         with self._changed:
@@ -223,7 +283,10 @@ class StageServer:
             return
         gone = threading.Event()
         beat = threading.Thread(
-            target=self._beat, args=(connection, hello.heartbeat_interval_seconds, gone), name="heartbeat", daemon=True
+            target=self._beat,
+            args=(tenant, connection, hello.heartbeat_interval_seconds, gone),
+            name="heartbeat",
+            daemon=True,
         )
         beat.start()
         try:
@@ -248,6 +311,16 @@ class StageServer:
                 connection.send(self._stitch(tenant, message, connection))
             case Release():
                 self._release(tenant, message.stamp, connection)
+            case Sealed():
+                self._seal(tenant, message, connection)
+            case Forget():
+                with self._changed:
+                    if message.stamp == tenant.stamp and connection is tenant.engine and tenant.blocks is not None:
+                        self._void(tenant, tenant.blocks.forget(unpack_blocks(message.blocks).tolist()))
+            case ReplicateTo():
+                with self._changed:
+                    if message.stamp == tenant.stamp and connection is tenant.engine:
+                        self._redirect(tenant, message.address)
             case DescribeKV():
                 ranks: list[KVNeeds] = self._in_runner(self._model.kv_needs_of_ranks)
                 connection.send(
@@ -305,6 +378,7 @@ class StageServer:
             replaced = tenant.engine if tenant.engine is not engine else None
             closing = tenant.fence(stamp, engine)
             self._void_prefixes.add(tenant.prefix)
+            self._stop_serving_soon(tenant, leaves=False)
         if replaced is not None:
             replaced.close()  # its engine would wait for ever for steps that are void now
         for link in closing:
@@ -318,6 +392,10 @@ class StageServer:
             return Failed(message.call, f"{place} has no KV cache yet: its own engine has not attached")
         if not self._fence(tenant, message.stamp, engine):
             return Failed(message.call, f"{place} obeys {tenant.stamp} of another engine, {message.stamp} is older")
+        with self._changed:
+            self._tenant(tenant.instance)  # it may have greeted us before the KV cache was allocated
+        if (busy := self._await_old_writes(tenant)) is not None:
+            return Failed(message.call, f"{place} {busy}")
         outbound: LinkSender | None = None
         if message.next_address is not None:
             try:
@@ -338,24 +416,63 @@ class StageServer:
             elif not tenant.is_home and kv.pool_blocks == 0:
                 refusal = f"{place} has no pool blocks for guests"
             if refusal is None:
-                if tenant.is_home:
-                    tenant.blocks, capacity = IdentityMap(kv.home_blocks), kv.home_blocks - 1
-                else:
+                assert tenant.blocks is not None
+                if not tenant.is_home:
                     self._guest = tenant.instance
-                    tenant.blocks, capacity = BlockMap(kv.home_blocks, kv.pool_blocks), kv.pool_blocks
+                    tenant.blocks.stop_serving()  # what its older topology left unsealed is of no use
+                tenant.blocks.serve()
+                held = tenant.blocks.held() if message.report_sealed else (b"", b"")
                 tenant.outbound = outbound
+                tenant.stitched = True
                 self._changed.notify_all()
-                return Stitched(message.call, message.stamp, capacity)
+                return Stitched(
+                    message.call, message.stamp, kv.home_blocks - 1 if tenant.is_home else kv.pool_blocks, *held
+                )
         if outbound is not None:
             outbound.close()
         return Failed(message.call, refusal)
+
+    def _await_old_writes(self, tenant: Tenant) -> str | None:
+        """Wait until nobody writes what the new topology may use. Returns who still does, after a while.
+
+        A guest's slots are given anew, and a step that is void now may still write into old ones. One of home writes
+        home's blocks, before any step of the new topology does.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: tenant.receiving == 0, OLD_WRITES_SECONDS):
+                return "is still storing replicas from an older topology"
+            if tenant.is_home:
+                return None
+            if not self._changed.wait_for(lambda: self._running is not tenant, OLD_WRITES_SECONDS):
+                return "is still in a step of an older topology of the same guest"
+            # The guest before may have left a moment ago.
+            self._changed.wait_for(
+                lambda: self._guest in (None, tenant.instance) or not self._calls, OLD_WRITES_SECONDS
+            )
+            return None
+
+    def _stop_serving_soon(self, tenant: Tenant, leaves: bool) -> None:
+        """Between two steps: until then the runner may be in a step of this tenant, and write its blocks."""
+        stamp = tenant.stamp
+
+        def stop() -> None:
+            with self._changed:
+                if tenant.stamp != stamp or tenant.stitched or tenant.blocks is None:
+                    return
+                tenant.blocks.stop_serving()
+                if leaves and self._guest == tenant.instance:
+                    self._guest = None
+                self._changed.notify_all()
+
+        self._calls.append(stop)
+        self._changed.notify_all()
 
     def _release(self, tenant: Tenant, stamp: Stamp, engine: Connection) -> None:
         if not self._fence(tenant, stamp, engine):
             return
         with self._changed:
-            if self._guest == tenant.instance:
-                self._guest = None
+            self._stop_serving_soon(tenant, leaves=True)
+            self._redirect(tenant, None)
 
     def _leave(self, tenant: Tenant, connection: Connection) -> None:
         """The engine's connection ended. Its stamp stays: an older one must not come back."""
@@ -365,12 +482,76 @@ class StageServer:
             closing = tenant.fence(tenant.stamp, connection)
             tenant.engine = None
             self._void_prefixes.add(tenant.prefix)
-            if self._guest == tenant.instance:
-                self._guest = None
             closing.extend(tenant.links.values())
             tenant.links.clear()
+            self._stop_serving_soon(tenant, leaves=True)
+            self._redirect(tenant, None)
         for link in closing:
             link.close()
+
+    # --- replication -------------------------------------------------------------------------------------------
+
+    def _seal(self, tenant: Tenant, message: Sealed, engine: Connection) -> None:
+        with self._changed:
+            if message.stamp != tenant.stamp or engine is not tenant.engine or not tenant.stitched:
+                return
+            assert tenant.blocks is not None
+            fresh = tenant.blocks.seal(message.seals)
+            tenant.blocks.end(message.ended)
+            if tenant.replicator is not None:
+                slots = tenant.blocks.translate([seal.block for seal in fresh])
+                tenant.replicator.offer(list(zip(fresh, slots, strict=True)), message.ended)
+
+    def _void(self, tenant: Tenant, blocks: list[int]) -> None:
+        """The sealed content of ``blocks`` is no more, or about to be. Under `_changed`, as is all that seals."""
+        if blocks and tenant.replicator is not None:
+            tenant.replicator.cancel(blocks)
+
+    def _redirect(self, tenant: Tenant, address: str | None) -> None:
+        if tenant.replicator is not None and tenant.blocks is not None:
+            tenant.replicator.redirect(tenant.stamp, address, tenant.blocks.seals() if address is not None else ())
+
+    def _serve_replicas(self, connection: Connection, hello: ReplicaHello) -> None:
+        with self._changed:
+            tenant = self._tenant(hello.instance)
+            refusal = self._refuse_replicas(tenant, hello)
+            if not refusal:
+                before, tenant.inbound_replicas = tenant.inbound_replicas, (hello.stamp, connection)
+                tenant.receiving += 1
+                tenant.count_in(hello.stamp.term)
+        if refusal:
+            logger.info("keeps no blocks for instance %d: %s", hello.instance, refusal)
+            connection.send(ReplicaWelcome(refusal, b"", b""))
+            return
+        if before is not None:
+            before[1].close()
+        assert tenant.blocks is not None and self._store is not None
+
+        @contextlib.contextmanager
+        def may_store() -> Iterator[bool]:
+            with self._changed:
+                yield tenant.inbound_replicas == (hello.stamp, connection)
+
+        try:
+            serve_replicas(connection, hello, tenant.blocks, self._store, may_store)
+        finally:
+            with self._changed:
+                tenant.receiving -= 1
+                self._changed.notify_all()
+
+    def _refuse_replicas(self, tenant: Tenant, hello: ReplicaHello) -> str:
+        """Why this stage cannot keep these blocks; empty if it can."""
+        place, store = f"stage {self._instance}.{self._stage}", self._store
+        if hello.stage != self._stage:
+            return f"{place} keeps blocks of stages {self._stage} only"
+        if store is None or tenant.blocks is None:
+            return f"{place} has no KV cache that blocks could be kept in"
+        if tenant.stitched:
+            return f"{place} serves this instance itself"
+        newest = max(tenant.stamp, tenant.inbound_replicas[0] if tenant.inbound_replicas is not None else tenant.stamp)
+        if hello.stamp < newest:
+            return f"{place} knows a newer topology, {newest}"
+        return ""
 
     # --- links -------------------------------------------------------------------------------------------------
 
@@ -409,11 +590,12 @@ class StageServer:
         if engine is not None:
             _tell(engine, LinkLost(stamp, neighbour, detail))
 
-    def _beat(self, connection: Connection, interval_seconds: float, gone: threading.Event) -> None:
+    def _beat(self, tenant: Tenant, connection: Connection, interval_seconds: float, gone: threading.Event) -> None:
         while not gone.wait(max(SHORTEST_HEARTBEAT_SECONDS, interval_seconds)):
             started = self._step_started
             running = time.monotonic() - started if started is not None else 0.0
-            if not _tell(connection, Heartbeat(self._steps_done, running, self._model.kv is not None)):
+            report = tenant.replicator.report() if tenant.stitched and tenant.replicator is not None else None
+            if not _tell(connection, Heartbeat(self._steps_done, running, self._model.kv is not None, report)):
                 return
 
 

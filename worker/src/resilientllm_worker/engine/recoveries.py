@@ -1,0 +1,124 @@
+"""The record of an instance's re-stitches: what happened, how long each phase took, what it cost.
+
+Until a token comes after it, everything that goes wrong belongs to one recovery.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from resilientllm_api.engine_state import LossReason, Recovery, RecoveryKind
+from resilientllm_api.plan import StageId
+
+KEPT = 10
+
+
+@dataclass
+class _Going:
+    record: Recovery
+    detected: float
+    stitched: float = 0.0
+
+
+class Recoveries:
+    """Plain bookkeeping; the pipeline calls it under its lock. All times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._going: _Going | None = None
+        self._recent: deque[Recovery] = deque(maxlen=KEPT)
+        self.total = 0
+        self.tokens_recomputed_total = 0
+        self.tokens_kept_total = 0
+
+    @property
+    def going(self) -> bool:
+        return self._going is not None
+
+    @property
+    def recent(self) -> tuple[Recovery, ...]:
+        """The last ten that are over, oldest first."""
+        return tuple(self._recent)
+
+    def begin(self, places: set[int], comes_home: bool, reason: LossReason | None, at: float) -> None:
+        """The topology is void. Opens a record, or widens the open one."""
+        if self._going is not None:
+            record = self._going.record
+            self._going.record = record.model_copy(update={"stages": tuple(sorted(places | {*record.stages}))})
+            return
+        record = Recovery(
+            id=uuid.uuid4().hex[:12],
+            kind=RecoveryKind.SWAP_BACK if reason is None and comes_home else RecoveryKind.BORROW,
+            stages=tuple(sorted(places)),
+            reason=reason,
+            detected_at=datetime.now(UTC),
+        )
+        self._going = _Going(record, detected=at)
+
+    def stitched(
+        self, served_by: tuple[StageId, ...], began: float, fenced: float, stitched: float, waited: bool
+    ) -> None:
+        """The pipeline is whole again. ``began``: when a stage that could take the place was there."""
+        if (going := self._going) is None:
+            return
+        phases = dict(going.record.phases_ms)
+        start = going.detected
+        if waited:
+            phases["wait"] = _ms(began - start)
+            start = began
+        phases["fence"] = _ms(fenced - start)
+        phases["stitch"] = _ms(stitched - fenced)
+        going.record = going.record.model_copy(update={"phases_ms": phases, "served_by": served_by})
+        going.stitched = stitched
+
+    def rolled_back(self, requests: int, seconds: float) -> None:
+        """The scheduler has stepped back to delivered tokens."""
+        if (going := self._going) is None:
+            return
+        # Twice for one recovery if the engine thread looked while it was going on.
+        before = going.record.phases_ms.get("rollBack", 0.0)
+        phases = {**going.record.phases_ms, "rollBack": before + _ms(seconds)}
+        going.record = going.record.model_copy(
+            update={"requests": going.record.requests + requests, "phases_ms": phases}
+        )
+
+    def resumed(self, recomputed: list[int], kept: int) -> None:
+        """Requests of the last recovery are scheduled again; some may be so only after its first token.
+
+        ``recomputed``: for each of them, tokens whose KV is computed once more; ``kept``: tokens of all that are not.
+        """
+        self.tokens_recomputed_total += sum(recomputed)
+        self.tokens_kept_total += kept
+        record = self._going.record if self._going is not None else self._recent[-1] if self._recent else None
+        if record is None:
+            return
+        counted = record.model_copy(
+            update={
+                "tokens_recomputed": record.tokens_recomputed + sum(recomputed),
+                "tokens_recomputed_max": max([record.tokens_recomputed_max, *recomputed]),
+                "tokens_kept": record.tokens_kept + kept,
+            }
+        )
+        if self._going is not None:
+            self._going.record = counted
+        else:
+            self._recent[-1] = counted
+
+    def finish(self, now: float) -> None:
+        """The first token after it, or nobody is there to get one."""
+        going, self._going = self._going, None
+        if going is None:
+            return
+        phases = {
+            **going.record.phases_ms,
+            "resume": _ms(now - going.stitched),
+            "total": _ms(now - going.detected),
+        }
+        self._recent.append(going.record.model_copy(update={"phases_ms": phases, "resumed_at": datetime.now(UTC)}))
+        self.total += 1
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000.0, 3)
