@@ -55,10 +55,14 @@ class PaperStage:
             self._tokens[new.request] = list(new.prefill_token_ids or new.prompt_token_ids)
             self._tables[new.request] = list(new.block_ids[0])
             starts[new.request] = new.num_computed_tokens
-            self._read(new.request, new.num_computed_tokens)
         for place, request in enumerate(ours.cached.requests):
             starts[request] = self._go_on(ours.cached, place, request)
-        sampled = {name: self._compute(name, starts[name], count) for name, count in ours.num_scheduled_tokens}
+        for name, count in ours.num_scheduled_tokens:
+            self._write(name, starts[name], starts[name] + count)
+        # As in a forward pass, where a request may read what another one of the batch has just written.
+        for name, _ in ours.num_scheduled_tokens:
+            self._read(name, starts[name])
+        sampled = {name: self._sample(name, starts[name] + count) for name, count in ours.num_scheduled_tokens}
         return {name.removeprefix(PREFIX): tokens for name, tokens in sampled.items()}, voided
 
     def _go_on(self, cached: CachedRequests, place: int, request: str) -> int:
@@ -75,12 +79,14 @@ class PaperStage:
             slot, expected = self._tables[request][place], self._tokens[request][: (place + 1) * size]
             assert self.content.get(slot) == expected, f"{request} reads slot {slot}, which holds something else"
 
-    def _compute(self, request: str, start: int, count: int) -> list[int]:
-        tokens, end, size = self._tokens[request], start + count, self._block_size
+    def _write(self, request: str, start: int, end: int) -> None:
+        tokens, size = self._tokens[request], self._block_size
         assert end <= len(tokens), f"{request} is to compute tokens that nobody sent"
-        self._read(request, start)
         for place in range(start // size, -(-end // size)):
             self.content[self._tables[request][place]] = tokens[: min(end, (place + 1) * size)]
+
+    def _sample(self, request: str, end: int) -> list[int]:
+        tokens = self._tokens[request]
         return [next_token(tokens)] if end == len(tokens) else []
 
 
