@@ -125,13 +125,17 @@ class ReplicatedRig(Rig):
         self.own: PaperStage | None = own
         self._target: PaperStage | None = self.keeper
         self.pending: deque[Seal] = deque()
+        self._void: set[int] = set()
         self._numbers: list[int] = []
         self._step = 0
 
     # --- what a test does ---------------------------------------------------------------------------------------
 
     def deliver(self, count: int = 1) -> None:
-        """The oldest sealed blocks that wait reach the keeper."""
+        """The oldest sealed blocks that wait reach the keeper, after word of those that are of no use any more."""
+        if count and self.pending and self._target is not None:
+            self._target.blocks.forget(self._void)
+            self._void.clear()
         for _ in range(min(count, len(self.pending))):
             seal = self.pending.popleft()
             assert self._target is not None
@@ -203,6 +207,7 @@ class ReplicatedRig(Rig):
     def _redirect(self, target: PaperStage | None) -> None:
         self._target = target
         self.pending.clear()
+        self._void.clear()
         if target is None:
             return
         held = dict(zip(*(part.tolist() for part in self._held(target)), strict=True))
@@ -238,8 +243,7 @@ class ReplicatedRig(Rig):
         if voided:
             gone = set(voided)
             self.pending = deque(seal for seal in self.pending if seal.block not in gone)
-            if self._target is not None:
-                self._target.blocks.forget(gone)
+            self._void |= gone
         return last
 
     def _home(self) -> PaperStage:

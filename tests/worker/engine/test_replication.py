@@ -86,6 +86,24 @@ def test_what_is_of_no_use_is_forgotten(rig: ReplicatedRig) -> None:
     rig.check()
 
 
+def test_a_replica_of_what_was_in_a_block_before_is_not_used(rig: ReplicatedRig) -> None:
+    for name in "abcd":
+        rig.ask(name, prompt_tokens=150, tokens=20)
+    rig.run()
+    rig.deliver(1000)
+    held = len(rig.keeper.blocks.seals())
+    for name in "efgh":
+        rig.ask(name, prompt_tokens=150, tokens=30)
+    rig.run(steps=40)
+    rig.scheduler._tell_seals(0.0)
+    assert len(rig.keeper.blocks.seals()) == held, "nothing was told to the keeper since"
+    assert len(rig.pending) > 8, "the same blocks were sealed with other content"
+    rig.lose_own()
+    rig.run()
+    assert len(rig.pipeline.forgotten) >= len(rig.pipeline.recomputed)
+    rig.check()
+
+
 class Machine(RuleBasedStateMachine):
     """Requests come and go, blocks are sealed, sent, reused and dropped, and stages are lost at any moment."""
 
@@ -95,26 +113,28 @@ class Machine(RuleBasedStateMachine):
     def start(self, pool: int, seed: int) -> None:
         self.rig = ReplicatedRig(self.config, pool, seed)
         self.asked = 0
+        for _ in range(4):
+            self.ask(100, 60, False)
 
-    @rule(prompt=st.integers(1, 120), tokens=st.integers(1, 60), shared=st.booleans())
+    @precondition(lambda self: len(self.rig.scheduler.requests) < 7)
+    @rule(prompt=st.integers(20, 150), tokens=st.integers(1, 80), shared=st.booleans())
     def ask(self, prompt: int, tokens: int, shared: bool) -> None:
-        if len(self.rig.scheduler.requests) > 6:
-            return
         name = f"r{self.asked}"
         self.asked += 1
         head = list(range(100, 150)) if shared else []
         words = head + [self.rig.random.randrange(200) for _ in range(prompt)]
         self.rig.ask(name, tokens=tokens, prompt=words)
 
-    @rule(steps=st.integers(1, 12))
-    def step(self, steps: int) -> None:
-        self.rig.run(steps=steps)
+    @rule(steps=st.integers(1, 60), told=st.integers(1, 4), delivered=st.integers(0, 3))
+    def work(self, steps: int, told: int, delivered: int) -> None:
+        """``told``: stages hear of seals at every so many steps; ``delivered``: blocks that go out in each."""
+        for step in range(steps):
+            self.rig.run(steps=1)
+            if step % told == 0:
+                self.rig.scheduler._tell_seals(0.0)
+            self.rig.deliver(delivered)
 
-    @rule()
-    def tell_seals(self) -> None:
-        self.rig.scheduler._tell_seals(0.0)
-
-    @rule(count=st.integers(1, 12))
+    @rule(count=st.integers(1, 40))
     def deliver(self, count: int) -> None:
         self.rig.deliver(count)
 
