@@ -11,20 +11,32 @@ from typing import Any
 
 from rich.console import Console
 
-from resilientllm_cli.bench import machine, report
+from resilientllm_cli.bench import machine, picture, replication_report, report
 from resilientllm_cli.bench.measure import measure, quick
-from resilientllm_cli.bench.settings import Settings
+from resilientllm_cli.bench.settings import NO_REPLICATION, ReplicationSettings, Settings
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
 
 FAILED = 1
+RECOVERY, THROUGHPUT, REPLICATION = PARTS = ("recovery", "throughput", "replication")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("bench", help="measure recovery and throughput beside stock vLLM")
+    parser = commands.add_parser("bench", help="measure recovery, throughput and replication beside stock vLLM")
+    picture.add_parser(parser.add_subparsers(title="of a result", metavar="plot"))
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part only; may be repeated")
     parser.add_argument("--kills", type=int, default=Settings.kills, help="of a stage, under load")
     parser.add_argument("--restarts", type=int, default=Settings.restarts, help="of stock vLLM; a minute each")
     parser.add_argument("--throughput-runs", type=int, default=Settings.throughput_runs, help="of each side")
+    parser.add_argument(
+        "--context-kills", type=int, default=ReplicationSettings.kills, help="at each context, of each mode"
+    )
+    parser.add_argument(
+        "--context-restarts", type=int, default=ReplicationSettings.restarts, help="of stock vLLM, at two contexts"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=ReplicationSettings.pairs, help="of runs with replication on and off"
+    )
     parser.add_argument("--stages", type=int, default=Settings.stages)
     parser.add_argument("--streams", type=int, default=Settings.streams)
     parser.add_argument("--quick", action="store_true", help="few of each: shows that it works")
@@ -37,16 +49,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 when a token of ours was lost, duplicated or changed, and when it was broken off: no figure then."""
+    parts = arguments.only or PARTS
+    recovers = RECOVERY in parts
     settings = Settings(
         model=arguments.model or _tiny_model(arguments.directory),
         output=arguments.output,
         directory=arguments.directory,
         stock_programs=arguments.stock_programs,
-        kills=arguments.kills,
-        restarts=arguments.restarts,
-        throughput_runs=arguments.throughput_runs,
+        kills=arguments.kills if recovers else 0,
+        restarts=arguments.restarts if recovers else 0,
+        throughput_runs=arguments.throughput_runs if THROUGHPUT in parts else 0,
         stages=arguments.stages,
         streams=arguments.streams,
+        replication=_replication(arguments) if REPLICATION in parts else NO_REPLICATION,
     )
     _check(settings)
     settings = quick(settings) if arguments.quick else settings
@@ -79,7 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("broken off: what was measured so far follows", highlight=False)
     _write(settings.output, result())
     console.print(report.table(result()))
-    unharmed = all(kill.tokens.unharmed and not kill.errors for kill in measured.ours)
+    if settings.replication.needs_cluster:
+        console.print(replication_report.table(result()["replication"]))
+    unharmed = all(kill.tokens.unharmed and not kill.errors for kill in measured.all_of_ours)
     return 0 if unharmed and not broken_off else FAILED
 
 
@@ -88,13 +105,28 @@ def _write(output: Path, result: dict[str, Any]) -> None:
     output.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def _replication(arguments: argparse.Namespace) -> ReplicationSettings:
+    return ReplicationSettings(
+        kills=arguments.context_kills, restarts=arguments.context_restarts, pairs=arguments.pairs
+    )
+
+
 def _check(settings: Settings) -> None:
-    for name in ("kills", "restarts", "throughput_runs"):
-        if getattr(settings, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, found {getattr(settings, name)}")
+    of_replication = settings.replication
+    counts = {
+        "--kills": settings.kills,
+        "--restarts": settings.restarts,
+        "--throughput-runs": settings.throughput_runs,
+        "--context-kills": of_replication.kills,
+        "--context-restarts": of_replication.restarts,
+        "--pairs": of_replication.pairs,
+    }
+    for flag, count in counts.items():
+        if count < 0:
+            raise UsageError(f"{flag} must be at least 0, found {count}")
     if settings.streams < 1:
         raise UsageError(f"--streams must be at least 1, found {settings.streams}")
-    needs_stock = settings.restarts or settings.throughput_runs
+    needs_stock = settings.restarts or settings.throughput_runs or of_replication.restarts
     if needs_stock and not (settings.stock_programs / "stock_serve.py").is_file():
         raise UsageError(
             f"--stock-programs must be the folder of stock_serve.py, found none in {settings.stock_programs}: "

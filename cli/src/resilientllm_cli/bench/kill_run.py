@@ -26,6 +26,11 @@ class KillRun:
     def worst_stall_seconds(self) -> float:
         return max(self.stalls_seconds)
 
+    @property
+    def verdict(self) -> str:
+        harm = "all tokens as undisturbed" if self.tokens.unharmed else f"{self.tokens}"
+        return f"worst stall {self.worst_stall_seconds:.3f} s, {harm}{f', errors {self.errors}' if self.errors else ''}"
+
 
 StreamAll = Callable[[OnToken], Awaitable[list[Stream]]]
 """Starts all streams at once and returns when all have ended."""

@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
+from resilientllm_cli.bench import replication_report
 from resilientllm_cli.bench.kill_run import KillRun
+from resilientllm_cli.bench.replication_report import ReplicationMeasured
 from resilientllm_cli.comparison import percentile, total
 
 OURS, RESTART, STOCK = "ours", "restart", "stock"
@@ -22,6 +24,11 @@ class Measured:
     ours: list[KillRun] = field(default_factory=list)
     restart: list[KillRun] = field(default_factory=list)
     tokens_per_second: dict[str, list[float]] = field(default_factory=dict)
+    replication: ReplicationMeasured = field(default_factory=ReplicationMeasured)
+
+    @property
+    def all_of_ours(self) -> list[KillRun]:
+        return [*self.ours, *(run.run for run in self.replication.ours)]
 
 
 def distribution(samples: Sequence[float]) -> dict[str, Any]:
@@ -50,6 +57,7 @@ def document(measured: Measured, surroundings: Mapping[str, Any]) -> dict[str, A
             "ratio": _ratio(ours, stock),
             "samples": rates,
         },
+        "replication": replication_report.document(measured.replication),
         **surroundings,
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from resilientllm_cli.streams import Sampling
@@ -11,6 +12,46 @@ from resilientllm_cli.streams import Sampling
 PROMPT_TOKENS = 48
 BYTES = 256
 """Any token id below is an ordinary one of the tiny model."""
+SERVING, SPARE = 0, 1
+"""The instance that serves the streams and loses stages, and the one whose stages stand in."""
+READY_SECONDS = 600.0
+"""Only a bound: eight processes that import vLLM on few cores take minutes."""
+
+
+@dataclass(frozen=True)
+class ReplicationSettings:
+    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 3936)
+    """Tokens of a prompt; the longest leaves room for the output in the 4096 of the tiny model."""
+    kills: int = 2
+    """At each context, with copies and without."""
+    restarts: int = 1
+    """Of stock vLLM, at the shortest and at the longest context."""
+    streams: int = 4
+    tokens: int = 160
+    kill_after_tokens: int = 48
+    pairs: int = 20
+    """Of runs with copies and without, nothing being killed."""
+    lag_runs: int = 6
+    steady_streams: int = 8
+    steady_tokens: int = 300
+    """Of runs that nothing is killed in. Each seals some eighty blocks on every stage."""
+    steady_prompt_tokens: int = 48
+    lag_prompt_tokens: int = 512
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(max_tokens=self.tokens)
+
+    @property
+    def steady_sampling(self) -> Sampling:
+        return Sampling(max_tokens=self.steady_tokens)
+
+    @property
+    def needs_cluster(self) -> bool:
+        return bool((self.kills and self.contexts) or self.pairs or self.lag_runs)
+
+
+NO_REPLICATION = ReplicationSettings(contexts=(), kills=0, restarts=0, pairs=0, lag_runs=0)
 
 
 @dataclass(frozen=True)
@@ -31,6 +72,7 @@ class Settings:
     """Of each stream."""
     kill_after_tokens: int = 60
     """A kill comes when every stream has so many, so that all are decoding."""
+    replication: ReplicationSettings = field(default_factory=ReplicationSettings)
 
     @property
     def sampling(self) -> Sampling:
@@ -43,6 +85,12 @@ class Settings:
 def prompt(index: int) -> list[int]:
     """Different from its first token on, so that no two streams share a block of KV."""
     return [(17 + 53 * index + (11 + 2 * index) * place) % BYTES for place in range(PROMPT_TOKENS)]
+
+
+def fresh_prompt(tokens: int, salt: int) -> list[int]:
+    """The same for the same salt; no two salts share a block of KV."""
+    source = random.Random(salt)
+    return [source.randrange(BYTES) for _ in range(tokens)]
 
 
 def victims(kills: int, stages: int) -> Sequence[int]:
