@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -30,7 +30,9 @@ from resilientllm_worker.protocol.messages import (
     Stitch,
     Stitched,
 )
+from resilientllm_worker.seams.errors import Malformed
 from resilientllm_worker.stage.activations import describe
+from resilientllm_worker.stage.merge import Room
 from resilientllm_worker.stage.model import KVCache, KVNeeds
 from resilientllm_worker.stage.server import StageServer
 from resilientllm_worker.transport.connection import Connection, dial
@@ -44,12 +46,16 @@ DIGEST = '{"model": "tiny"}'
 PATIENCE_SECONDS = 30.0
 NEVER_SECONDS = 3600.0
 HOME_BLOCKS, POOL_BLOCKS, BLOCK_SIZE = 16, 8, 4
+MALFORMED = b"no sampling parameters"
 HOME, GUEST, OTHER_GUEST = 0, 1, 2
 """Instances; the stage was made for the first."""
 
 
 class FakeModel:
-    """Keeps the steps that it ran, and which requests it would hold state of. Sends one number per step onward."""
+    """Keeps the steps that it ran, and which requests it would hold state of. Samples each request's length.
+
+    Sends one row per token onward: what came in, or else the step's number and, as a fraction, the row's.
+    """
 
     stages = 2
     tensor_parallel = 1
@@ -61,12 +67,20 @@ class FakeModel:
         self.kv: KVCache | None = None
         self.steps: list[Step] = []
         self.inbound: list[float | None] = []
+        """The first row's number, for every step."""
+        self.rows: list[list[float]] = []
+        """All rows' numbers, for every step."""
+        self.room: Room | None = Room(tokens=64, requests=8)
+        self.shortest_first = False
+        """Puts a step's requests into an order of its own, as V2's runner does."""
         self.held: set[str] = set()
         self.go = threading.Event()
         """Clear it to stop the model within a step."""
         self.go.set()
         self.within = threading.Event()
         """Set while a step is stopped."""
+        self.stop_again = False
+        """To stop in the step after one in which it is stopped."""
         self.error: Exception | None = None
         self.ran: queue.SimpleQueue[Step] = queue.SimpleQueue()
         if has_kv:
@@ -88,6 +102,15 @@ class FakeModel:
     def block_store(self) -> None:
         """There is no content to copy."""
 
+    def merging_room(self) -> Room | None:
+        return self.room
+
+    def row_order(self, step: Step) -> list[str]:
+        scheduled = step.num_scheduled_tokens
+        if self.shortest_first:
+            scheduled = sorted(scheduled, key=lambda each: each[1])
+        return [request for request, _ in scheduled]
+
     def requests(self) -> Collection[str]:
         return tuple(self.held)
 
@@ -95,26 +118,35 @@ class FakeModel:
         if not self.go.is_set():
             self.within.set()
             assert self.go.wait(PATIENCE_SECONDS)
+            if self.stop_again:
+                self.stop_again = False
+                self.go.clear()
         if self.error is not None:
             raise self.error
+        if any(request.sampling_params == MALFORMED for request in step.new):
+            raise Malformed("sampling parameters cannot be read")
+        rows = sum(tokens for _, tokens in step.num_scheduled_tokens)
+        hidden = step.step + torch.arange(rows) / 64 if inbound is None else inbound["hidden"]
         self.steps.append(step)
         self.inbound.append(None if inbound is None else float(inbound["hidden"][0]))
+        self.rows.append(hidden.tolist())
         self.held -= set(step.finished)
         self.held |= {request for request, _ in step.num_scheduled_tokens}
         self.ran.put(step)
         if send is not None:
-            send({"hidden": torch.tensor([float(step.step)])}).wait()
+            send({"hidden": hidden}).wait()
             return None
-        requests = [request for request, _ in step.num_scheduled_tokens]
-        return StepResult(step.stamp, step.step, requests, [[7] for _ in requests], None, [], None)
+        requests = self.row_order(step)
+        lengths = dict(step.num_scheduled_tokens)
+        return StepResult(step.stamp, step.step, requests, [[lengths[each]] for each in requests], None, [], None)
 
 
 class Stage:
     """The server, its runner thread and its port. Stage 1 of 2 unless told otherwise, the last one."""
 
-    def __init__(self, stage: int = 1, has_kv: bool = True, pool_fraction: float = 0.5) -> None:
+    def __init__(self, stage: int = 1, has_kv: bool = True, pool_fraction: float = 0.5, merges: bool = True) -> None:
         self.model = FakeModel(stage, has_kv)
-        self.server = StageServer(self.model, HOME, stage, DIGEST, TOKEN, pool_fraction)  # type: ignore[arg-type]
+        self.server = StageServer(self.model, HOME, stage, DIGEST, TOKEN, pool_fraction, merges)  # type: ignore[arg-type]
         self.failure: BaseException | None = None
         self._listener = Listener("127.0.0.1", 0, TOKEN, self.server.serve)
         self.address = self._listener.address
@@ -127,6 +159,14 @@ class Stage:
         except RuntimeError as error:
             self.failure = error
             self.server.fail(str(error))
+
+    def wait_arrived(self, instance: int, step: int) -> None:
+        """Until hidden states for ``step`` are here; links are read in order."""
+        server = self.server
+        with server._changed:
+            assert server._changed.wait_for(
+                lambda: any(number == step for _, number in server._tenants[instance].arrived), PATIENCE_SECONDS
+            )
 
     def wait_ended(self) -> None:
         self._runner.join(PATIENCE_SECONDS)
@@ -217,8 +257,8 @@ class Neighbour:
         self.connection = dial(address, TOKEN, PATIENCE_SECONDS)
         self.connection.send(LinkHello(PROTOCOL_VERSION, instance, stage, self._stamp, 0))
 
-    def send(self, number: int, value: float = 0.0, stamp: Stamp | None = None) -> None:
-        header, buffers = describe({"hidden": torch.tensor([value])}, stamp or self._stamp, number)
+    def send(self, number: int, value: float = 0.0, stamp: Stamp | None = None, rows: Sequence[float] = ()) -> None:
+        header, buffers = describe({"hidden": torch.tensor(rows or [value])}, stamp or self._stamp, number)
         self.connection.send(header, buffers)
 
     def close(self) -> None:
@@ -227,7 +267,14 @@ class Neighbour:
 
 def a_step(number: int, epoch: int, term: int = 1, request: str = "r", **changes: Any) -> Step:
     """A fresh request of three tokens, in block 1, unless told otherwise."""
-    new = NewRequest(request, [1, 2, 3], None, b"", changes.pop("block_ids", ([1],)), changes.pop("computed", 0))
+    new = NewRequest(
+        request,
+        [1, 2, 3],
+        None,
+        changes.pop("params", b""),
+        changes.pop("block_ids", ([1],)),
+        changes.pop("computed", 0),
+    )
     settings: dict[str, Any] = {
         "stamp": Stamp(term, epoch),
         "step": number,

@@ -24,7 +24,15 @@ from resilientllm_worker.stage import ranks
 from resilientllm_worker.stage.model import KVNeeds, Model
 from resilientllm_worker.stage.ranks import Allocate, Followers, LeadingModel, Order, RankGone, ReportNeeds, Run, follow
 
-from tests.worker.stage.builders import BLOCK_SIZE, HOME_BLOCKS, PATIENCE_SECONDS, POOL_BLOCKS, FakeModel, a_step
+from tests.worker.stage.builders import (
+    BLOCK_SIZE,
+    HOME_BLOCKS,
+    MALFORMED,
+    PATIENCE_SECONDS,
+    POOL_BLOCKS,
+    FakeModel,
+    a_step,
+)
 
 INIT_METHOD = "file:///tmp/of:this:stage"
 ALLOCATE = Allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, [["layer"]])
@@ -156,6 +164,12 @@ def test_orders_arrive_whole_however_they_are_cut(cuts: list[int]) -> None:
             left = left[cut:]
         following.ours.sendall(left)
         assert [following.model.ran.get(timeout=PATIENCE_SECONDS) for _ in steps] == steps
+
+
+def test_a_step_that_no_rank_can_read_is_left_to_rank_0_to_answer(following: Following) -> None:
+    following.ours.sendall(framed(Run(a_step(0, epoch=1, params=MALFORMED))) + framed(Run(a_step(1, epoch=1))))
+    assert following.model.ran.get(timeout=PATIENCE_SECONDS).step == 1
+    assert [step.step for step in following.model.steps] == [1]
 
 
 def test_an_order_that_breaks_off_is_not_followed(following: Following) -> None:

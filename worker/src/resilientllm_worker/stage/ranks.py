@@ -7,6 +7,7 @@ complete. A stage is one failure domain: when a rank ends, all end.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -23,6 +24,7 @@ import torch
 
 from resilientllm_worker.process import EXIT_BAD_CONFIGURATION
 from resilientllm_worker.protocol.messages import Step, StepResult
+from resilientllm_worker.seams.errors import Malformed
 from resilientllm_worker.seams.pipeline_group import SendHandle
 from resilientllm_worker.stage.model import KVCache, KVNeeds, Model
 
@@ -159,7 +161,8 @@ def follow(model: Model, sock: socket.socket) -> None:
                 model.allocate(order.layout, order.home_blocks, order.pool_blocks, order.groups)
                 _send(sock, b"")
             case Run():
-                model.run(order.step, None, None)
+                with contextlib.suppress(Malformed):  # all ranks refuse it before they do anything, and rank 0 says so
+                    model.run(order.step, None, None)
 
 
 def parse_follow(text: str) -> tuple[int, socket.socket, str]:
