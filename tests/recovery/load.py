@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from resilientllm_cli.comparison import Tokens, compare, total
+from resilientllm_cli.local.cluster import LocalCluster
 from resilientllm_cli.streams import Sampling, Stream, connect, model_name, run_stream
 
 READY_SECONDS = 420.0
@@ -89,6 +90,13 @@ def with_kill(
         return [await main, *[await other for other in others]]
 
     return asyncio.run(run())
+
+
+def merged_steps(cluster: LocalCluster, instance: int, stage: int) -> int:
+    """How many steps of a stage were both tenants' at once, since its process started."""
+    counts = cluster.stage_counts(instance, stage)
+    assert counts is not None, f"stage {instance}.{stage} does not answer"
+    return counts["merged"]
 
 
 def compared(expected: Sequence[Sequence[int]], streams: Sequence[Stream]) -> Tokens:

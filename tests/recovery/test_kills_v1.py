@@ -13,7 +13,7 @@ from resilientllm_api.plan import Limits
 from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
 
-from tests.recovery.load import READY_SECONDS, asks, compared, stream_all, undisturbed, with_kill
+from tests.recovery.load import READY_SECONDS, asks, compared, merged_steps, stream_all, undisturbed, with_kill
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -68,11 +68,13 @@ def test_both_tenants_of_the_donor_get_their_own_tokens(whole: LocalCluster) -> 
     mine, theirs = asks(4, tokens=250, shorter=40), asks(4, tokens=230, first=20, shorter=30)
     urls = [engine.url for engine in whole.engines]
     expected = [undisturbed(urls[0], mine), undisturbed(urls[1], theirs)]
+    before = merged_steps(whole, 1, 1)
     streams, beside = with_kill(
         urls[0], mine, lambda: whole.kill_stage(0, 1), after_tokens=40, beside=[(urls[1], theirs)]
     )
     assert compared(expected[0], streams) == Tokens(delivered=250 + 210 + 170 + 130)
     assert compared(expected[1], beside) == Tokens(delivered=230 + 200 + 170 + 140)
+    assert merged_steps(whole, 1, 1) > before, "the donor never ran steps of both tenants in one forward"
 
 
 def test_prompts_survive_a_stage_killed_in_prefill(whole: LocalCluster) -> None:

@@ -9,9 +9,11 @@ import time
 import timeit
 from collections.abc import Callable
 
+import msgspec
 from resilientllm_worker.protocol.messages import Activation, Stamp, TensorHeader
 from resilientllm_worker.seams.model_output import decode_result, encode_result
 from resilientllm_worker.seams.scheduler_output import decode_step, encode_step
+from resilientllm_worker.stage.merge import merged, share, spans
 from resilientllm_worker.tenancy.home import HomeBlocks
 from resilientllm_worker.tenancy.pool import Pool
 from resilientllm_worker.tenancy.translate import from_runner, to_runner
@@ -40,6 +42,9 @@ def main(requests: int) -> None:
     home, guest = HomeBlocks(10_000), Pool(10_000, 1000).tenant(1)
     guest.serve()
     limits = Limits()
+    both = [to_runner(step, "0/", home, 16), to_runner(step, "1/", guest, 16)]
+    order = [request for each in both for request, _ in each.num_scheduled_tokens]
+    of_both = msgspec.structs.replace(result, requests=order, sampled_token_ids=[[5]] * 2 * requests)
     step_frame, result_frame = (encode_frame(message, (), limits)[0][HEADER.size :] for message in (step, result))
     parts: list[tuple[str, Callable[[], object]]] = [
         ("encode step", lambda: encode_frame(encode_step(scheduled, None, STAMP, 1), (), limits)),
@@ -49,6 +54,9 @@ def main(requests: int) -> None:
         ("encode result", lambda: encode_frame(encode_result(sampled, STAMP, 1), (), limits)),
         ("decode result", lambda: decode_result(decode_message(result_frame))),  # type: ignore[arg-type]
         ("translate result", lambda: from_runner(result, "")),
+        ("merge", lambda: merged(both)),
+        ("spans of merged", lambda: spans(order, [order[:requests], order[requests:]], dict.fromkeys(order, 1))),
+        ("share of merged", lambda: share(of_both, "0/", STAMP, 1)),
     ]
     for name, part in parts:
         print(f"{name:18} {min(timeit.repeat(part, number=1000, repeat=5)) * 1000:8.1f} us")

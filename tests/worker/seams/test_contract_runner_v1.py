@@ -89,6 +89,20 @@ class TestRows:
         runner._may_reorder_batch(SimpleNamespace(num_scheduled_tokens={"a": 1, "b": 1}))
         assert seen == [["a", "b"]]
 
+    def test_are_foretold_only_if_no_attention_backend_wants_others_first(self) -> None:
+        adapter = RunnerV1()
+        assert adapter.row_order(None, {"b": 5, "a": 1}) == ["b", "a"]
+        assert adapter.knows_rows(SimpleNamespace(reorder_batch_threshold=None))
+        assert not adapter.knows_rows(SimpleNamespace(reorder_batch_threshold=1))
+        source = source_of(RUNNER, "GPUModelRunner", "_may_reorder_batch")
+        assert "if self.reorder_batch_threshold is not None" in source
+        assert source.count("input_batch") == 1, "V1 reorders its batch for another reason too"
+
+    def test_of_v1_on_a_cpu_are_foretold(self) -> None:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+
+        assert CPUAttentionMetadataBuilder.reorder_batch_threshold is None, "on a CPU, tenants take turns now"
+
     def test_are_all_there_when_v1_may_reorder_them_and_nothing_is_made_of_them_before(self) -> None:
         source = source_of(RUNNER, "GPUModelRunner", "_update_states")
         assert source.index("input_batch.condense()") < source.index("self._may_reorder_batch(scheduler_output)")

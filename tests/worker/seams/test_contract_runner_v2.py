@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.worker.seams.vllm_source import (
     attributes_of,
@@ -80,6 +83,34 @@ def test_the_runner_takes_tokens_as_they_are_offered() -> None:
     stock = source_of(HANDLER, "PPHandler", "get_prev_sampled_outputs")
     for name in ("idx_mapping", "sampled_tokens", "num_sampled", "num_rejected"):
         assert name in stock, f"PPHandler.get_prev_sampled_outputs does not give {name} any more"
+
+
+class TestRows:
+    """Hidden states of two tenants' steps are merged by foretelling where the runner puts each request."""
+
+    def test_are_in_the_order_of_the_function_that_is_asked(self) -> None:
+        gather = source_of(RUNNER, "GPUModelRunner", "gather_batch_req_state")
+        assert "sort_batch_req_ids(num_tokens_per_req, draft_tokens, self.decode_query_len)" in gather
+        assert "num_tokens_per_req = scheduler_output.num_scheduled_tokens" in gather
+        prepare = source_of(RUNNER, "GPUModelRunner", "prepare_inputs")
+        assert "req_ids = batch_req_state.req_ids" in prepare
+        assert prepare.count("req_ids=req_ids") == 1, "prepare_inputs makes its batch in another order"
+
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.lists(st.integers(1, 9), min_size=1, max_size=12))
+    def test_of_a_tenant_keep_their_order_beside_another_tenants(self, mine: list[int], theirs: list[int]) -> None:
+        """Nothing relies on it, but spans are few because of it, and those of decoding requests are never copied."""
+        tokens = {f"0/{place}": count for place, count in enumerate(mine)}
+        both = tokens | {f"1/{place}": count for place, count in enumerate(theirs)}
+        order = [request for request in stock_order()(both, {}, 1) if request in tokens]
+        assert order == stock_order()(tokens, {}, 1)
+
+
+def stock_order() -> Any:
+    """vLLM's own function, without what its module imports."""
+    (function,) = [node for node in tree(RUNNER).body if getattr(node, "name", "") == "sort_batch_req_ids"]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module([function], []), RUNNER, "exec"), names)
+    return names["sort_batch_req_ids"]
 
 
 class TestOffers:

@@ -67,9 +67,9 @@ def test_hidden_states_may_come_before_or_after_their_step() -> None:
     assert stage.model.inbound == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_two_tenants_with_work_take_turns() -> None:
+def test_two_tenants_whose_steps_may_not_be_merged_take_turns() -> None:
     with (
-        Stage(stage=0) as stage,
+        Stage(stage=0, merges=False) as stage,
         closing(home := Engine(stage.address), guest := Engine(stage.address, GUEST)),
     ):
         home.stitch(epoch=1)

@@ -157,6 +157,10 @@ class LocalCluster:
         """What the engine says now; None if it does not answer."""
         return observe.engine_state(self.endpoints.engines[instance].control_url, self._token)
 
+    def stage_counts(self, instance: int, stage: int) -> dict[str, int] | None:
+        """What the stage's process has done so far (`observe.stage_counts`); None if it does not answer."""
+        return observe.stage_counts(self.endpoints.stages[StageId(instance=instance, stage=stage)].health)
+
     def stage(self, instance: int, stage: int, rank: int = 0) -> StageEntry:
         for entry in self.state().stages:
             if (entry.instance, entry.stage, entry.rank) == (instance, stage, rank):

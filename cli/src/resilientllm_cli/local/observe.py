@@ -23,6 +23,12 @@ def stage_rank_pids(health: str) -> tuple[int, ...] | None:
     return tuple(rank["pid"] for rank in sorted(answer["ranks"], key=lambda rank: int(rank["rank"])))
 
 
+def stage_counts(health: str) -> dict[str, int] | None:
+    """What a stage has done since its process started: ``steps`` of its runner, and ``merged`` ones among them."""
+    answer = _get(f"http://{health}{READY_PATH}", {})
+    return None if answer is None else dict(answer["counts"])
+
+
 def engine_state(control_url: str, token: str) -> EngineState | None:
     answer = _get(f"{control_url}{STATE_PATH}", {"Authorization": f"Bearer {token}"})
     if answer is None:

@@ -27,6 +27,12 @@ class RunnerAdapter(Protocol):
     def before_sampling(self, runner: Any) -> None:
         """Runs between a step's forward and its sampling, on the last stage."""
 
+    def knows_rows(self, runner: Any) -> bool:
+        """Whether `row_order` can be told. Ask when the KV cache is there."""
+
+    def row_order(self, runner: Any, tokens: dict[str, int]) -> list[str]:
+        """The requests of a step, given with their numbers of tokens, in the order that their rows will have."""
+
     def requests(self, runner: Any) -> Collection[str]:
         """Ids of all requests that the runner holds state of."""
 

@@ -99,6 +99,13 @@ class RunnerV1:
                 runner.requests[batch.req_ids[row]].generator = rewindable
             batch.generators[row].mark()
 
+    def knows_rows(self, runner: Any) -> bool:
+        # An attention backend that has a threshold wants some requests first, and chooses them by V1's own state.
+        return runner.reorder_batch_threshold is None
+
+    def row_order(self, runner: Any, tokens: dict[str, int]) -> list[str]:
+        return list(tokens)
+
     def requests(self, runner: Any) -> Collection[str]:
         return tuple(runner.requests)
 

@@ -42,6 +42,14 @@ class RunnerV2:
     def before_sampling(self, runner: Any) -> None:
         pass
 
+    def knows_rows(self, runner: Any) -> bool:
+        return True
+
+    def row_order(self, runner: Any, tokens: dict[str, int]) -> list[str]:
+        from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
+
+        return sort_batch_req_ids(tokens, {}, runner.decode_query_len)
+
     def requests(self, runner: Any) -> Collection[str]:
         return tuple(runner.req_states.req_id_to_index)
 

@@ -76,8 +76,8 @@ def decode_step(step: Step) -> tuple[SchedulerOutput, GrammarOutput | None]:
     Raises:
         Malformed: the parts contradict each other, or sampling parameters are not those of the installed vLLM.
     """
+    check(step)
     scheduled = dict(step.num_scheduled_tokens)
-    _check(step, scheduled)
     cached = step.cached
     output = SchedulerOutput(
         scheduled_new_reqs=[_decode_new(request) for request in step.new],
@@ -102,6 +102,33 @@ def decode_step(step: Step) -> tuple[SchedulerOutput, GrammarOutput | None]:
         kv_cache_block_copies=[KVCacheBlockCopy(*copy) for copy in step.block_copies] or None,
     )
     return output, None if step.grammar is None else _decode_grammar(step.grammar)
+
+
+def check(step: Step) -> None:
+    """Raises `Malformed` where the runner would fail in the middle of a step, or misread one list against another."""
+    cached, grammar = step.cached, step.grammar
+    scheduled = dict(step.num_scheduled_tokens)
+    count = len(cached.requests)
+    lengths = (len(cached.new_block_ids), len(cached.num_computed_tokens), len(cached.num_output_tokens))
+    # Without pipeline parallelism, or with async scheduling, vLLM sends no token ids.
+    if any(length != count for length in lengths) or len(cached.new_token_ids) not in (0, count):
+        raise Malformed(f"step {step.step}: lists of {count} cached requests have other lengths than that")
+    if len(scheduled) != len(step.num_scheduled_tokens) or len(scheduled) != count + len(step.new):
+        raise Malformed(
+            f"step {step.step}: expected token counts for {count} cached and {len(step.new)} new requests, "
+            f"found {len(step.num_scheduled_tokens)}, {len(scheduled)} of them distinct"
+        )
+    if not (scheduled.keys() >= set(cached.requests) and all(new.request in scheduled for new in step.new)):
+        raise Malformed(f"step {step.step}: a request comes without a token count")
+    if any(tokens < 1 for tokens in scheduled.values()):
+        raise Malformed(f"step {step.step}: a request is scheduled for less than one token")
+    if grammar is not None and (
+        grammar.columns < 1 or len(grammar.bitmask) != len(grammar.requests) * grammar.columns * 4
+    ):
+        raise Malformed(
+            f"expected a grammar bitmask of {len(grammar.requests)} rows of {grammar.columns} int32, "
+            f"found {len(grammar.bitmask)} bytes"
+        )
 
 
 def _unsupported_in_batch(output: SchedulerOutput) -> str | None:
@@ -192,28 +219,5 @@ def _encode_grammar(grammar: GrammarOutput) -> Grammar:
 
 def _decode_grammar(grammar: Grammar) -> GrammarOutput:
     rows = len(grammar.requests)
-    if grammar.columns < 1 or len(grammar.bitmask) != rows * grammar.columns * 4:
-        raise Malformed(
-            f"expected a grammar bitmask of {rows} rows of {grammar.columns} int32, found {len(grammar.bitmask)} bytes"
-        )
     bitmask = np.frombuffer(bytearray(grammar.bitmask), dtype=np.int32)  # writable: torch warns of others
     return GrammarOutput(grammar.requests, bitmask.reshape(rows, grammar.columns), [0] * rows)
-
-
-def _check(step: Step, scheduled: dict[str, int]) -> None:
-    """Raises `Malformed` where the runner would fail in the middle of a step, or misread one list against another."""
-    cached = step.cached
-    count = len(cached.requests)
-    lengths = (len(cached.new_block_ids), len(cached.num_computed_tokens), len(cached.num_output_tokens))
-    # Without pipeline parallelism, or with async scheduling, vLLM sends no token ids.
-    if any(length != count for length in lengths) or len(cached.new_token_ids) not in (0, count):
-        raise Malformed(f"step {step.step}: lists of {count} cached requests have other lengths than that")
-    if len(scheduled) != len(step.num_scheduled_tokens) or len(scheduled) != count + len(step.new):
-        raise Malformed(
-            f"step {step.step}: expected token counts for {count} cached and {len(step.new)} new requests, "
-            f"found {len(step.num_scheduled_tokens)}, {len(scheduled)} of them distinct"
-        )
-    if not (scheduled.keys() >= set(cached.requests) and all(new.request in scheduled for new in step.new)):
-        raise Malformed(f"step {step.step}: a request comes without a token count")
-    if any(tokens < 1 for tokens in scheduled.values()):
-        raise Malformed(f"step {step.step}: a request is scheduled for less than one token")

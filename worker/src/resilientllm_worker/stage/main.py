@@ -17,6 +17,7 @@ from resilientllm_worker.stage.health import HealthServer
 if TYPE_CHECKING:
     from resilientllm_worker.stage.model import Model
     from resilientllm_worker.stage.ranks import Followers
+    from resilientllm_worker.stage.server import StageServer
 
 PROGRAM = "resilientllm-stage"
 logger = logging.getLogger(__name__)
@@ -34,9 +35,12 @@ def _run() -> None:
         return
     token = read_token(args.token_file)
     report: dict[str, object] = {}
+    server: StageServer | None = None
     health_host, health_port = args.health
     try:
-        health = HealthServer(health_host, health_port, ready=lambda: report or None)
+        health = HealthServer(
+            health_host, health_port, ready=lambda: {**report, "counts": server.counts} if report and server else None
+        )
     except OSError as error:
         raise BadConfiguration(f"--health {health_host}:{health_port}: {error.strerror}") from error
 
@@ -49,7 +53,9 @@ def _run() -> None:
 
     from resilientllm_worker.stage.server import StageServer, listen
 
-    server = StageServer(model, args.instance, args.stage, digest, token, args.pool_fraction)
+    server = StageServer(
+        model, args.instance, args.stage, digest, token, args.pool_fraction, merges=not args.take_turns
+    )
     host, port = args.listen
     try:
         listener = listen(server, host, port, token)
@@ -96,6 +102,7 @@ def _parse() -> argparse.Namespace:
         default=1.0,
         help="KV blocks for guests, as a fraction of the blocks for the stage's own instance (default: %(default)s)",
     )
+    group.add_argument("--take-turns", action="store_true", help=argparse.SUPPRESS)  # to measure what merging is worth
     group.add_argument("--follow", help=argparse.SUPPRESS)  # makes this process another rank of a running stage
     args = parser.parse_args()
     if not 0.0 <= args.pool_fraction <= 4.0:

@@ -18,6 +18,7 @@ from resilientllm_worker.seams.model_output import encode_result
 from resilientllm_worker.seams.pipeline_group import Binding, SendHandle
 from resilientllm_worker.seams.runner import adapter_for
 from resilientllm_worker.seams.scheduler_output import decode_step
+from resilientllm_worker.stage.merge import Room
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -220,6 +221,22 @@ class Model:
         if not self.is_last_stage or self._rank != 0:
             return None
         return encode_result(result, step.stamp, step.step)
+
+    def merging_room(self) -> Room | None:
+        """What fits into one step of several tenants; None where each must have a step of its own."""
+        from vllm.config import CUDAGraphMode
+
+        # Graphs pad a batch, and a tenant's rows are followed by the other's where its next stage expects padding.
+        if self._config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            return None
+        if not self._adapter.knows_rows(self._wrapper.worker.model_runner):
+            return None
+        scheduler = self._config.scheduler_config
+        return Room(tokens=scheduler.max_num_batched_tokens, requests=scheduler.max_num_seqs)
+
+    def row_order(self, step: Step) -> list[str]:
+        """The requests of ``step`` in the order that their rows of hidden states have."""
+        return self._adapter.row_order(self._wrapper.worker.model_runner, dict(step.num_scheduled_tokens))
 
     def requests(self) -> Collection[str]:
         """Runner-wide ids of all requests that the runner holds state of."""

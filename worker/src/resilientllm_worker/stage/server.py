@@ -1,7 +1,8 @@
-"""The stage server: takes engines' commands and neighbours' hidden states, and runs steps one at a time.
+"""The stage server: takes engines' commands and neighbours' hidden states, and runs steps, those of two tenants as one.
 
 Threads: one per connection reads and notes what came; one, the caller of `run`, touches vLLM. A step runs when its
-command and its hidden states are both here, so a tenant whose pipeline is slow never holds up the other.
+command and its hidden states are both here, so a tenant whose pipeline is slow never holds up the other. If such a step
+of each tenant is at hand when the runner is free, they run in one forward; else tenants take turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -43,6 +45,7 @@ from resilientllm_worker.protocol.messages import (
     Stamp,
     Step,
     StepFailed,
+    StepResult,
     Stitch,
     Stitched,
 )
@@ -51,6 +54,7 @@ from resilientllm_worker.replication.keeper import serve_replicas
 from resilientllm_worker.replication.sender import Replicator
 from resilientllm_worker.seams.errors import Malformed
 from resilientllm_worker.stage.activations import BadActivation, Landing, describe
+from resilientllm_worker.stage.merge import gather, merged, scatter, share, spans, why_apart
 from resilientllm_worker.stage.tenant import Tenant
 from resilientllm_worker.tenancy.errors import SlotsBusy, TranslationError
 from resilientllm_worker.tenancy.home import HomeBlocks
@@ -66,7 +70,6 @@ if TYPE_CHECKING:
 
     from resilientllm_worker.replication.channel import ReplicaChannel
     from resilientllm_worker.replication.store import BlockStore
-    from resilientllm_worker.seams.pipeline_group import SendHandle
     from resilientllm_worker.stage.model import KVCache, KVNeeds, Model
     from resilientllm_worker.tenancy.blocks import Blocks
 
@@ -82,14 +85,23 @@ OLD_WRITES_SECONDS = 1.0
 
 class StageServer:
     def __init__(
-        self, model: Model, instance: int, stage: int, digest: str, token: bytes, pool_fraction: float
+        self,
+        model: Model,
+        instance: int,
+        stage: int,
+        digest: str,
+        token: bytes,
+        pool_fraction: float,
+        merges: bool = True,
     ) -> None:
+        """``merges``: steps of home and guest that are both at hand run in one forward, where that is possible."""
         self._model = model
         self._instance = instance
         self._stage = stage
         self._digest = digest
         self._token = token
         self._pool_fraction = pool_fraction
+        self._merges = merges
         self._boot = secrets.token_hex(8)
         self._changed = threading.Condition()
         # All below under `_changed`.
@@ -97,8 +109,8 @@ class StageServer:
         self._pool: Pool | None = None
         self._store: BlockStore | None = None
         """None: what this stage holds cannot be copied."""
-        self._running: Tenant | None = None
-        """Whose step is in the runner."""
+        self._running: set[int] = set()
+        """The instances whose steps are in the runner."""
         self._guest: int | None = None
         self._void_prefixes: set[str] = set()
         self._calls: deque[Callable[[], None]] = deque()
@@ -106,6 +118,7 @@ class StageServer:
         self._stopping = False
         # Written by the runner thread, read by heartbeats.
         self._steps_done = 0
+        self._merged_steps_done = 0
         self._step_started: float | None = None
 
     # --- the runner thread -------------------------------------------------------------------------------------
@@ -114,7 +127,7 @@ class StageServer:
         """Run steps until `stop`, or until the model fails, which is raised: the stage cannot serve after that."""
         while (work := self._next()) is not None:
             if isinstance(work, tuple):
-                self._run_step(*work)
+                self._run_turns(*work)
             else:
                 work()
 
@@ -130,7 +143,12 @@ class StageServer:
         for engine in engines:
             _tell(engine, StageFailing(reason))
 
-    def _next(self) -> Callable[[], None] | tuple[Tenant, Step, dict[str, torch.Tensor] | None, list[str]] | None:
+    @property
+    def counts(self) -> dict[str, int]:
+        """For people: how many steps the runner has finished, and how many of them were both tenants' at once."""
+        return {"steps": self._steps_done, "merged": self._merged_steps_done}
+
+    def _next(self) -> Callable[[], None] | tuple[list[_Turn], list[str]] | None:
         with self._changed:
             while True:
                 if self._stopping:
@@ -141,66 +159,98 @@ class StageServer:
                 if ready:
                     break
                 self._changed.wait()
-            tenant = min(ready, key=lambda candidate: candidate.last_served)
-            self._turn += 1
-            tenant.last_served = self._turn
-            step = tenant.steps.popleft()
-            inbound = tenant.arrived.pop((step.stamp, step.step), None)
+            ready.sort(key=lambda candidate: candidate.last_served)
+            room = self._model.merging_room() if self._merges and len(ready) > 1 else None
+            # Only what is at hand: to wait for the other tenant would cost this one time, and it seldom pays.
+            if room is None or why_apart([tenant.steps[0] for tenant in ready], room) is not None:
+                del ready[1:]
+            self._running = {tenant.instance for tenant in ready}
             void = list(self._void_prefixes)
             self._void_prefixes.clear()
-            return tenant, step, inbound, void
+            return [self._take(tenant) for tenant in ready], void
 
-    def _run_step(self, tenant: Tenant, step: Step, inbound: dict[str, torch.Tensor] | None, void: list[str]) -> None:
-        with self._changed:
-            if tenant.stamp != step.stamp or not tenant.stitched:
-                self._void_prefixes.update(void)
-                return  # fenced since it was taken
-            blocks, outbound, engine = tenant.blocks, tenant.outbound, tenant.engine
-            self._running = tenant
-        assert self._model.kv is not None and blocks is not None and engine is not None
-        try:
-            ours = self._translate(step, tenant.prefix, blocks, self._model.kv.block_size)
-        except TranslationError as error:
-            self._end_step(void)
-            _tell(engine, StepFailed(step.stamp, step.step, str(error)))
-            return
-        with self._changed:
-            self._void(tenant, blocks.overwrite(written_blocks(step, self._model.kv.block_size)))
+    def _take(self, tenant: Tenant) -> _Turn:
+        self._turn += 1
+        tenant.last_served = self._turn
+        step = tenant.steps.popleft()
+        inbound = tenant.arrived.pop((step.stamp, step.step), None)
+        assert tenant.blocks is not None and tenant.engine is not None, "a tenant without them is not stitched"
+        return _Turn(tenant, step, inbound, tenant.blocks, tenant.outbound, tenant.engine)
+
+    def _run_turns(self, turns: list[_Turn], void: list[str]) -> None:
+        """``turns`` are of different tenants, and what is wrong with one of them is no matter of the others."""
+        answers: list[tuple[Connection, StepResult | StepFailed]] = []
+        ready: list[tuple[_Turn, Step]] = []
+        for turn in turns:
+            try:
+                ready.append((turn, self._translate(turn)))
+            except TranslationError as error:
+                answers.append((turn.engine, turn.failed(error)))
+        batches = [ready] if ready else []
+        while batches:
+            batch = batches.pop(0)
+            try:
+                answers += self._run_batch(batch, void)
+                void = []
+            except Malformed as error:
+                if len(batch) > 1:
+                    batches = [[each] for each in batch]
+                else:
+                    ((turn, _),) = batch
+                    answers.append((turn.engine, turn.failed(error)))
+        self._end_turns(void)
+        for engine, answer in answers:
+            _tell(engine, answer)
+
+    def _run_batch(self, batch: list[tuple[_Turn, Step]], void: list[str]) -> list[tuple[Connection, StepResult]]:
+        """One forward for all of ``batch``. Raises `Malformed`, and then nothing has happened."""
+        turns, steps = [turn for turn, _ in batch], [step for _, step in batch]
+        step, inbound, send = steps[0], turns[0].inbound, turns[0].send
+        if len(batch) > 1:
+            step = merged(steps)
+            order, own_orders = self._model.row_order(step), [self._model.row_order(each) for each in steps]
+            where = spans(order, own_orders, dict(step.num_scheduled_tokens))
+            inbounds = [turn.inbound for turn in turns if turn.inbound is not None]
+            inbound = gather(where, inbounds) if inbounds else None
+
+            def send(tensors: dict[str, torch.Tensor]) -> _Sent:
+                return _Sent([turn.post(scatter(where, place, tensors)) for place, turn in enumerate(turns)])
+
         if void:
             known = [request for request in self._model.requests() if request.startswith(tuple(void))]
-            ours = msgspec.structs.replace(ours, finished=[*ours.finished, *known])
-
-        def send(tensors: dict[str, torch.Tensor]) -> SendHandle:
-            header, buffers = describe(tensors, step.stamp, step.step)
-            assert outbound is not None
-            return _Sent(outbound.post(header, buffers))
-
+            step = msgspec.structs.replace(step, finished=[*step.finished, *known])
         self._step_started = time.monotonic()
         try:
-            result = self._model.run(ours, inbound, send if outbound is not None else None)
-        except Malformed as error:
-            self._end_step(void)
-            _tell(engine, StepFailed(step.stamp, step.step, str(error)))
-            return
+            result = self._model.run(step, inbound, send if turns[0].outbound is not None else None)
         finally:
             self._step_started = None
             self._steps_done += 1
-        self._end_step([])
-        if result is not None:
-            _tell(engine, from_runner(result, tenant.prefix))
+            self._merged_steps_done += len(batch) > 1
+        if result is None:
+            return []
+        if len(batch) == 1:
+            return [(turns[0].engine, from_runner(result, turns[0].tenant.prefix))]
+        return [(turn.engine, from_runner(turn.share_of(result), turn.tenant.prefix)) for turn in turns]
 
-    def _translate(self, step: Step, prefix: str, blocks: Blocks, block_size: int) -> Step:
+    def _translate(self, turn: _Turn) -> Step:
+        """The step as the runner is to see it. What it writes has no seals any more. Raises `TranslationError`."""
+        assert self._model.kv is not None
+        block_size = self._model.kv.block_size
         while True:
             try:
-                return to_runner(step, prefix, blocks, block_size)
+                step = to_runner(turn.step, turn.tenant.prefix, turn.blocks, block_size)
+                break
             except SlotsBusy:  # a replica is being written where this step needs a slot: a matter of one batch
                 with self._changed:
                     self._changed.wait(SLOTS_BUSY_SECONDS)
+        with self._changed:
+            self._void(turn.tenant, turn.blocks.overwrite(written_blocks(turn.step, block_size)))
+        return step
 
-    def _end_step(self, still_void: list[str]) -> None:
+    def _end_turns(self, still_void: list[str]) -> None:
         """``still_void``: prefixes of requests that the runner was to forget in this step, and did not."""
         with self._changed:
-            self._running = None
+            self._running = set()
             self._void_prefixes.update(still_void)
             self._changed.notify_all()
 
@@ -443,7 +493,7 @@ class StageServer:
                 return "is still storing replicas from an older topology"
             if tenant.is_home:
                 return None
-            if not self._changed.wait_for(lambda: self._running is not tenant, OLD_WRITES_SECONDS):
+            if not self._changed.wait_for(lambda: tenant.instance not in self._running, OLD_WRITES_SECONDS):
                 return "is still in a step of an older topology of the same guest"
             # The guest before may have left a moment ago.
             self._changed.wait_for(
@@ -509,7 +559,7 @@ class StageServer:
 
     def _redirect(self, tenant: Tenant, address: str | None) -> None:
         if tenant.replicator is not None and tenant.blocks is not None:
-            tenant.replicator.redirect(tenant.stamp, address, tenant.blocks.seals() if address is not None else ())
+            tenant.replicator.redirect(tenant.stamp, address, tenant.blocks.seals)
 
     def _serve_replicas(self, connection: Connection, hello: ReplicaHello) -> None:
         with self._changed:
@@ -599,15 +649,44 @@ class StageServer:
                 return
 
 
-class _Sent:
-    """A `Posted` as vLLM wants it: after `wait` its memory is free, whatever became of the link."""
+@dataclass(frozen=True)
+class _Turn:
+    """A tenant's step as it was taken to be run, and who its outcome is for: a fence meanwhile changes neither.
 
-    def __init__(self, posted: Posted) -> None:
+    The outcome bears the step's stamp, so whoever gets it knows whether it is void.
+    """
+
+    tenant: Tenant
+    step: Step
+    inbound: dict[str, torch.Tensor] | None
+    blocks: Blocks
+    outbound: LinkSender | None
+    engine: Connection
+
+    def post(self, tensors: dict[str, torch.Tensor]) -> Posted:
+        assert self.outbound is not None
+        return self.outbound.post(*describe(tensors, self.step.stamp, self.step.step))
+
+    def send(self, tensors: dict[str, torch.Tensor]) -> _Sent:
+        return _Sent([self.post(tensors)])
+
+    def share_of(self, result: StepResult) -> StepResult:
+        return share(result, self.tenant.prefix, self.step.stamp, self.step.step)
+
+    def failed(self, error: Exception) -> StepFailed:
+        return StepFailed(self.step.stamp, self.step.step, str(error))
+
+
+class _Sent:
+    """What was posted, as vLLM wants it: after `wait` its memory is free, whatever became of the links."""
+
+    def __init__(self, posted: list[Posted]) -> None:
         self._posted = posted
 
     def wait(self) -> None:
-        with contextlib.suppress(LinkClosed):  # told to the engine by the link itself
-            self._posted.wait()
+        for each in self._posted:
+            with contextlib.suppress(LinkClosed):  # told to the engine by the link itself
+                each.wait()
 
 
 def _tell(engine: Connection, message: Any) -> bool:
