@@ -257,7 +257,7 @@ class Source:
 
     def redirect(self, keeper: Keeper | None, stamp: Stamp = STAMP) -> None:
         sealed = [(seal, seal.block) for seal in sorted(self.sealed.values(), key=lambda seal: seal.number)]
-        self.replicator.redirect(stamp, keeper and keeper.address, sealed)
+        self.replicator.redirect(stamp, keeper and keeper.address, lambda: sealed)
 
     @property
     def numbers(self) -> set[int]:

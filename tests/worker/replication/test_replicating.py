@@ -36,7 +36,7 @@ def test_there_is_no_thread_without_a_target() -> None:
         source.overwrite(1)
         assert set(threading.enumerate()) == before
         report = source.replicator.report()
-        assert (report.address, report.sealed_blocks, report.lag_blocks) == ("", 1, 0)
+        assert (report.address, report.stored_blocks, report.lag_blocks) == ("", 0, 0)
 
 
 def test_its_threads_end_with_it() -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from resilientllm_worker.protocol.blocks import unpack_blocks, unpack_numbers
@@ -38,7 +38,12 @@ class _Course:
 
     stamp: Stamp
     address: str
+    sealed: Callable[[], Sequence[tuple[Seal, int]]]
+    ended: Collection[int]
     backlog: Backlog
+    """Empty until the course's thread has looked at what is sealed."""
+    journal: list[tuple[Sequence[tuple[Seal, int]], Sequence[int], Sequence[int]]] | None = field(default_factory=list)
+    """What was offered, ended and cancelled until then; None after it."""
     channel: ReplicaChannel | None = None
     retry_seconds: float = FIRST_RETRY_SECONDS
 
@@ -70,24 +75,24 @@ class Replicator:
         self._changed = threading.Condition()
         """Guards all that follows, and everything in a backlog."""
         self._tally = Tally()
-        self._backlog = Backlog((), (), self._tally, has_keeper=False, now=0.0)
+        self._backlog = self._no_backlog()
         self._course: _Course | None = None
         self._closed = False
 
-    def redirect(self, stamp: Stamp, address: str | None, sealed: Sequence[tuple[Seal, int]]) -> None:
+    def redirect(
+        self, stamp: Stamp, address: str | None, sealed: Callable[[], Sequence[tuple[Seal, int]]] = tuple
+    ) -> None:
         """From now on the keeper is at ``address``, or nowhere. Also for the same address under a new stamp.
 
-        ``sealed`` is all that is sealed now, with slots. The caller sees to it that nothing is offered or cancelled
-        between its looking and this call's return.
+        ``sealed`` gives all that is sealed when it is called, with slots. That may take long, so it is called after the
+        return, in this object's own thread; what is offered or cancelled from now on is not lost by that.
         """
-        with self._changed:
-            ended = frozenset(self._backlog.ended)
-        backlog = Backlog(sealed, ended, self._tally, has_keeper=address is not None, now=time.monotonic())
-        course = None if address is None else _Course(stamp, address, backlog)
         with self._changed:
             if self._closed:
                 return
-            previous, self._course, self._backlog = self._course, course, backlog
+            ended = frozenset(self._backlog.ended)
+            previous, self._backlog = self._course, self._no_backlog()
+            course = self._course = None if address is None else _Course(stamp, address, sealed, ended, self._backlog)
             self._changed.notify_all()
         _leave(previous)
         if course is not None:
@@ -98,14 +103,17 @@ class Replicator:
         with self._changed:
             backlog = self._backlog
             before = backlog.pending
+            self._note(sealed, ended, ())
             backlog.offer(sealed, ended, time.monotonic())
             if not before or before < self._batch_blocks <= backlog.pending:
                 self._changed.notify_all()
 
     def cancel(self, blocks: Iterable[int]) -> None:
         """A step is about to write these blocks. Call it before the step; takes time for ``blocks`` alone."""
+        cancelled = tuple(blocks)
         with self._changed:
-            if self._backlog.cancel(blocks):
+            self._note((), (), cancelled)
+            if self._backlog.cancel(cancelled):
                 self._changed.notify_all()
 
     def report(self) -> ReplicationReport:
@@ -138,6 +146,7 @@ class Replicator:
 
     def _run(self, course: _Course) -> None:
         yield_to_serving()
+        self._fill(course)
         staging = memoryview(bytearray(self._batch_blocks * self._store.block_bytes))
         while True:
             channel = self._dial(course)
@@ -148,6 +157,25 @@ class Replicator:
                 if self._course is not course:
                     return
             course.retry_seconds = min(2 * course.retry_seconds, LAST_RETRY_SECONDS)
+
+    def _fill(self, course: _Course) -> None:
+        """Looks at what is sealed, which may be a whole cache, while steps go on."""
+        backlog = Backlog(course.sealed(), course.ended, self._tally, has_keeper=True, now=time.monotonic())
+        with self._changed:
+            journal, course.journal = course.journal or [], None
+            for offered, ended, cancelled in journal:
+                backlog.cancel(cancelled)
+                backlog.offer(offered, ended, time.monotonic())
+            course.backlog = backlog
+            if self._course is course:
+                self._backlog = backlog
+
+    def _note(self, offered: Sequence[tuple[Seal, int]], ended: Sequence[int], cancelled: Sequence[int]) -> None:
+        if self._course is not None and self._course.journal is not None:
+            self._course.journal.append((offered, ended, cancelled))
+
+    def _no_backlog(self) -> Backlog:
+        return Backlog((), (), self._tally, has_keeper=False, now=0.0)
 
     def _dial(self, course: _Course) -> ReplicaChannel | None:
         """None if there is no keeper, or no use for one any more."""

@@ -86,8 +86,8 @@ class HomeBlocks:
 
     def seals(self) -> list[tuple[Seal, int]]:
         with self._lock:
-            seals = sorted(self._seals.values(), key=lambda seal: seal.number)
-        return [(seal, seal.block) for seal in seals]
+            seals = list(self._seals.values())
+        return [(seal, seal.block) for seal in sorted(seals, key=lambda seal: seal.number)]
 
     # --- keeping replicas --------------------------------------------------------------------------------------
 

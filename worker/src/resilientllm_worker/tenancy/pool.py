@@ -219,8 +219,8 @@ class PoolBlocks:
 
     def seals(self) -> list[tuple[Seal, int]]:
         with self._lock:
-            links = sorted(self._sealed.values(), key=lambda link: link.seal.number)
-        return [(link.seal, link.slot) for link in links]
+            links = [(link.seal, link.slot) for link in self._sealed.values()]
+        return sorted(links, key=lambda link: link[0].number)
 
     # --- keeping replicas --------------------------------------------------------------------------------------
 
