@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
             self.ask(100, 60, False)
 
     @precondition(lambda self: len(self.rig.scheduler.requests) < 7)
-    @rule(prompt=st.integers(20, 150), tokens=st.integers(1, 80), shared=st.booleans())
+    @rule(prompt=st.integers(20, 130), tokens=st.integers(1, 70), shared=st.booleans())
     def ask(self, prompt: int, tokens: int, shared: bool) -> None:
         name = f"r{self.asked}"
         self.asked += 1
