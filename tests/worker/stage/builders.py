@@ -51,6 +51,29 @@ HOME, GUEST, OTHER_GUEST = 0, 1, 2
 """Instances; the stage was made for the first."""
 
 
+class MemoryStore:
+    """Content of a stage's blocks."""
+
+    block_bytes = 16
+    layout = "bytes"
+
+    def __init__(self) -> None:
+        self.memory = bytearray((HOME_BLOCKS + POOL_BLOCKS) * self.block_bytes)
+
+    def __getitem__(self, slot: int) -> bytes:
+        return bytes(self.memory[slot * self.block_bytes : (slot + 1) * self.block_bytes])
+
+    def __setitem__(self, slot: int, content: bytes) -> None:
+        self.memory[slot * self.block_bytes : (slot + 1) * self.block_bytes] = content.ljust(self.block_bytes)
+
+    def read(self, slots: Sequence[int], into: memoryview) -> None:
+        into[:] = b"".join(self[slot] for slot in slots)
+
+    def write(self, slots: Sequence[int], data: memoryview) -> None:
+        for place, slot in enumerate(slots):
+            self[slot] = bytes(data[place * self.block_bytes : (place + 1) * self.block_bytes])
+
+
 class FakeModel:
     """Keeps the steps that it ran, and which requests it would hold state of. Samples each request's length.
 
@@ -73,6 +96,8 @@ class FakeModel:
         self.room: Room | None = Room(tokens=64, requests=8)
         self.shortest_first = False
         """Puts a step's requests into an order of its own, as V2's runner does."""
+        self.store: MemoryStore | None = None
+        """Content of blocks; None: there is none to copy."""
         self.held: set[str] = set()
         self.go = threading.Event()
         """Clear it to stop the model within a step."""
@@ -99,8 +124,8 @@ class FakeModel:
         self.kv = self.kv or KVCache(layout, home_blocks, pool_blocks, names, BLOCK_SIZE, 0.5, 0.0)
         return self.kv
 
-    def block_store(self) -> None:
-        """There is no content to copy."""
+    def block_store(self) -> MemoryStore | None:
+        return self.store
 
     def merging_room(self) -> Room | None:
         return self.room
@@ -144,9 +169,18 @@ class FakeModel:
 class Stage:
     """The server, its runner thread and its port. Stage 1 of 2 unless told otherwise, the last one."""
 
-    def __init__(self, stage: int = 1, has_kv: bool = True, pool_fraction: float = 0.5, merges: bool = True) -> None:
-        self.model = FakeModel(stage, has_kv)
-        self.server = StageServer(self.model, HOME, stage, DIGEST, TOKEN, pool_fraction, merges)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        stage: int = 1,
+        has_kv: bool = True,
+        pool_fraction: float = 0.5,
+        merges: bool = True,
+        instance: int = HOME,
+        store: MemoryStore | None = None,
+    ) -> None:
+        self.model = model = FakeModel(stage, has_kv)
+        model.store = store
+        self.server = StageServer(model, instance, stage, DIGEST, TOKEN, pool_fraction, merges)  # type: ignore[arg-type]
         self.failure: BaseException | None = None
         self._listener = Listener("127.0.0.1", 0, TOKEN, self.server.serve)
         self.address = self._listener.address
@@ -224,16 +258,18 @@ class Engine:
     def release(self, epoch: int, term: int = 1) -> None:
         self.connection.send(Release(Stamp(term, epoch)))
 
-    def begin_stitch(self, epoch: int, following: str | None = None, term: int = 1) -> None:
+    def begin_stitch(self, epoch: int, following: str | None = None, term: int = 1, report: bool = False) -> None:
         self._calls += 1
-        self.connection.send(Stitch(self._calls, Stamp(term, epoch), following))
+        self.connection.send(Stitch(self._calls, Stamp(term, epoch), following, report))
 
-    def ask_stitch(self, epoch: int, following: str | None = None, term: int = 1) -> Stitched | Failed:
-        self.begin_stitch(epoch, following, term)
+    def ask_stitch(
+        self, epoch: int, following: str | None = None, term: int = 1, report: bool = False
+    ) -> Stitched | Failed:
+        self.begin_stitch(epoch, following, term, report)
         return self.expect(object)  # type: ignore[return-value]
 
-    def stitch(self, epoch: int, following: str | None = None, term: int = 1) -> Stitched:
-        answer = self.ask_stitch(epoch, following, term)
+    def stitch(self, epoch: int, following: str | None = None, term: int = 1, report: bool = False) -> Stitched:
+        answer = self.ask_stitch(epoch, following, term, report)
         assert isinstance(answer, Stitched), answer
         return answer
 
