@@ -114,7 +114,12 @@ def test_prompts_are_fresh_and_can_be_had_again() -> None:
 def test_the_longest_context_and_its_output_fit_the_tiny_model() -> None:
     settings = ReplicationSettings()
     assert max(settings.contexts) + settings.tokens == TinyModel().max_model_len
-    assert settings.kill_after_tokens < settings.tokens
+    assert max(settings.kill_after(kill) for kill in range(100)) < settings.tokens
+
+
+def test_kills_come_at_every_place_in_a_block() -> None:
+    settings = ReplicationSettings()
+    assert {settings.kill_after(kill) % 32 for kill in range(32)} == set(range(32))
 
 
 def test_on_and_off_take_turns_at_coming_first() -> None:

@@ -19,6 +19,8 @@ from resilientllm_cli.bench.stock import StockServer
 from resilientllm_cli.local.cluster import LocalCluster
 from resilientllm_cli.streams import run_streams
 
+RESTART_TRIES = 3
+RESTART_AFTER_TOKENS = 8
 MODES = (ReplicationMode.RING, ReplicationMode.NONE)
 
 
@@ -79,7 +81,7 @@ def _kill(
             disturb(
                 lambda on_token: run_streams(cluster.engines[SERVING].url, prompts, settings.sampling, on_token),
                 settings.streams,
-                settings.kill_after_tokens,
+                settings.kill_after(salt),
                 kill,
             )
         )
@@ -110,27 +112,38 @@ def measure_restarts(
     samples: list[ContextRun],
     say: Callable[[str], None],
 ) -> None:
-    """Of stock vLLM, at the shortest and the longest context only: a restart takes most of a minute."""
+    """Of stock vLLM, at the shortest and the longest context only: a restart takes most of a minute.
+
+    Where its workers leave its API server no time, all tokens of a stream may come at once. Then the kill came too
+    late, and says nothing.
+    """
     for number in range(settings.restarts):
         for place, context in enumerate(sorted({min(settings.contexts), max(settings.contexts)})):
-            prompts = [fresh_prompt(context, -1 - index) for index in range(settings.streams)]
-            server.wait_ready(READY_SECONDS)
-            expected = clients.undisturbed(server.url, prompts, settings.sampling)
-            stage = (number + place) % stages
-            disturbed = asyncio.run(
-                disturb(
-                    partial(clients.stream_with_retries, server.url, prompts, settings.sampling),
-                    settings.streams,
-                    settings.kill_after_tokens,
-                    partial(server.kill_worker, stage),
-                )
-            )
-            run = judge(stage, disturbed, expected, {})
-            if not run.stalls_seconds:
+            for attempt in range(RESTART_TRIES):
+                salt = -(settings.streams * (attempt + 1))
+                prompts = [fresh_prompt(context, salt - index) for index in range(settings.streams)]
+                if (found := _restart(server, settings, context, (number + place) % stages, prompts)) is not None:
+                    samples.append(found)
+                    say(f"context {context}, restart {number + 1}/{settings.restarts}: {found.run.verdict}")
+                    break
                 say(f"context {context}: restart not counted, all streams were over before the kill")
-                continue
-            samples.append(ContextRun(context, run, context + delivered_at_kill(disturbed)))
-            say(f"context {context}, restart {number + 1}/{settings.restarts}: {run.verdict}")
+
+
+def _restart(
+    server: StockServer, settings: ReplicationSettings, context: int, stage: int, prompts: list[list[int]]
+) -> ContextRun | None:
+    server.wait_ready(READY_SECONDS)
+    expected = clients.undisturbed(server.url, prompts, settings.sampling)
+    disturbed = asyncio.run(
+        disturb(
+            partial(clients.stream_with_retries, server.url, prompts, settings.sampling),
+            settings.streams,
+            RESTART_AFTER_TOKENS,
+            partial(server.kill_worker, stage),
+        )
+    )
+    run = judge(stage, disturbed, expected, {})
+    return ContextRun(context, run, context + delivered_at_kill(disturbed)) if run.stalls_seconds else None
 
 
 def delivered_at_kill(disturbed: Disturbed) -> int:

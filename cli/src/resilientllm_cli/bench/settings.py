@@ -16,6 +16,10 @@ SERVING, SPARE = 0, 1
 """The instance that serves the streams and loses stages, and the one whose stages stand in."""
 READY_SECONDS = 600.0
 """Only a bound: eight processes that import vLLM on few cores take minutes."""
+KILL_SPREAD = 32
+"""Tokens of a block in local mode."""
+KILL_STRIDE = 13
+"""Shares no factor with it, so that all places have their turn."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class ReplicationSettings:
     streams: int = 4
     tokens: int = 160
     kill_after_tokens: int = 48
+    """At least; see `kill_after`."""
     pairs: int = 20
     """Of runs with copies and without, nothing being killed."""
     lag_runs: int = 6
@@ -41,6 +46,10 @@ class ReplicationSettings:
     @property
     def sampling(self) -> Sampling:
         return Sampling(max_tokens=self.tokens)
+
+    def kill_after(self, kill: int) -> int:
+        """Elsewhere in a block at every kill: how much of the last one is lost depends on that."""
+        return self.kill_after_tokens + KILL_STRIDE * kill % KILL_SPREAD
 
     @property
     def steady_sampling(self) -> Sampling:

@@ -33,6 +33,8 @@ class StockServer:
         [port] = ports.choose(1, ports.candidates())
         self.url = f"http://{ports.HOST}:{port}"
         self._log = log
+        self._hit: int | None = None
+        """The process that lost a worker: it still answers for a moment."""
         self._program = Program(
             name=NAME,
             arguments=[
@@ -58,8 +60,7 @@ class StockServer:
 
     def wait_ready(self, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
-        while not self._answers():
-            status = self._supervisor.status()[NAME]
+        while (status := self._supervisor.status()[NAME]).pid == self._hit or not self._answers():
             if status.phase is Phase.REFUSED or time.monotonic() > deadline:
                 raise TimeoutError(
                     f"expected stock vLLM to serve within {timeout_seconds:g} s, found {status}: see {self._log}"
@@ -74,6 +75,7 @@ class StockServer:
         for pid in warden.members({session} if session else set()):
             if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").decode() == title:
                 os.kill(pid, signal.SIGKILL)
+                self._hit = session
                 return
         raise ProcessLookupError(f"expected a process {title} of stock vLLM, found none")
 
