@@ -16,6 +16,7 @@ from resilientllm_api.engine_state import EnginePhase, EngineState
 from resilientllm_api.pairing import make_plans
 from resilientllm_api.plan import Limits, Plan, StageId
 from resilientllm_worker.engine.pipeline import Pipeline
+from resilientllm_worker.protocol.blocks import pack_blocks, pack_numbers
 from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
     AllocateKV,
@@ -30,6 +31,7 @@ from resilientllm_worker.protocol.messages import (
     LinkLost,
     Message,
     Release,
+    ReplicationReport,
     StageWelcome,
     Stamp,
     Step,
@@ -70,6 +72,10 @@ class FakeStage:
         self.dies_of: type | None = None
         """The message on which it drops dead."""
         self.highest = Stamp(0, 0)
+        self.holds: dict[int, int] = {}
+        """Sealed blocks and their numbers."""
+        self.replication: ReplicationReport | None = None
+        """What its heartbeats say of its copying."""
         self.told: list[Message] = []
         self._engines: dict[int, Connection] = {}
         self._changed = threading.Condition()
@@ -139,7 +145,7 @@ class FakeStage:
         with contextlib.suppress(ConnectionClosed):
             while not gone.wait(BEAT_SECONDS):
                 if self.beats and self.answers:
-                    connection.send(Heartbeat(0, 0.0, self.has_kv))
+                    connection.send(Heartbeat(0, 0.0, self.has_kv, self.replication))
 
     def _take(self, connection: Connection, message: Message) -> None:
         with self._changed:
@@ -162,7 +168,8 @@ class FakeStage:
             case Stitch():
                 self.highest = max(self.highest, message.stamp)
                 capacity = HOME_BLOCKS - 1 if self.id.instance == 0 else POOL_BLOCKS
-                connection.send(Stitched(message.call, message.stamp, capacity))
+                held = (pack_blocks(self.holds), pack_numbers(self.holds.values())) if message.report_sealed else ()
+                connection.send(Stitched(message.call, message.stamp, capacity, *held))
             case Fence(stamp) | Release(stamp):
                 self.highest = max(self.highest, stamp)
 

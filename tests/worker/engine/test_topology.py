@@ -1,17 +1,18 @@
-"""Which stage serves which place: the own one, else the donor at work, else the plan's first that is usable."""
+"""Which stage serves which place: the own one, else the donor at work, else who keeps the copies, else the first."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from resilientllm_api.pairing import make_plans
-from resilientllm_api.plan import Limits, Plan, StageId
-from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, is_home
+from resilientllm_api.plan import Limits, Plan, ReplicationMode, StageId
+from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, is_home, keepers
 
 NOW = 100.0
 USABLE = Sight(connected=True, has_kv=True)
 GONE = Sight(connected=False, has_kv=False)
 LOADING = Sight(connected=True, has_kv=False)
 BARRED = Sight(connected=True, has_kv=True, barred_until=NOW + 0.5)
+BEHIND = Sight(connected=True, has_kv=True, caught_up=False)
 BAR_IS_OVER = Sight(connected=True, has_kv=True, barred_until=NOW)
 
 
@@ -32,14 +33,28 @@ def who(assignment: Assignment) -> list[str | None]:
     return [None if each is None else str(each) for each in assignment]
 
 
-def decide(current: list[str | None], instances: int = 3, **seen: Sight) -> list[str | None]:
+def everyone_but(plan: Plan, seen: dict[str, Sight]) -> dict[StageId, Sight]:
     """``seen`` says what differs from "all usable", by names like ``s0_1`` for stage 0.1."""
-    plan = a_plan(instances)
     everyone = [ref.id for ref in plan.stages] + [ref.id for donors in plan.donors for ref in donors]
-    sights = dict.fromkeys(everyone, USABLE)
-    sights.update({stage(name[1:].replace("_", ".")): sight for name, sight in seen.items()})
-    at_work = tuple(None if name is None else stage(name) for name in current)
-    return who(assign(plan, sights, at_work, NOW))
+    return dict.fromkeys(everyone, USABLE) | {stage(name[1:].replace("_", ".")): sight for name, sight in seen.items()}
+
+
+def these(names: list[str | None]) -> Assignment:
+    return tuple(None if name is None else stage(name) for name in names)
+
+
+def decide(
+    current: list[str | None], instances: int = 3, keeping: list[str | None] | None = None, **seen: Sight
+) -> list[str | None]:
+    plan = a_plan(instances)
+    return who(assign(plan, everyone_but(plan, seen), these(current), NOW, these(keeping or [])))
+
+
+def kept_by(
+    current: list[str | None], instances: int = 3, keeping: list[str | None] | None = None, **seen: Sight
+) -> list[str | None]:
+    plan = a_plan(instances)
+    return who(keepers(plan, everyone_but(plan, seen), these(current), these(keeping or []), NOW))
 
 
 HOME: list[str | None] = ["0.0", "0.1"]
@@ -138,3 +153,45 @@ def test_deciding_again_changes_nothing(world: tuple[Plan, dict[StageId, Sight],
     plan, seen, current = world
     once = assign(plan, seen, current, NOW)
     assert assign(plan, seen, once, NOW) == once
+
+
+class TestWithCopies:
+    def test_the_stage_that_keeps_them_stands_in(self) -> None:
+        assert decide(HOME, keeping=["1.0", "2.1"], s0_1=GONE) == ["0.0", "2.1"]
+
+    def test_but_not_before_a_donor_at_work(self) -> None:
+        assert decide(["0.0", "1.1"], keeping=["1.0", "2.1"], s0_1=GONE) == ["0.0", "1.1"]
+
+    def test_an_own_stage_waits_until_it_has_caught_up(self) -> None:
+        assert decide(["0.0", "1.1"], s0_1=BEHIND) == ["0.0", "1.1"]
+        assert decide(["0.0", "1.1"]) == HOME
+
+    def test_an_own_stage_does_not_wait_when_no_donor_serves(self) -> None:
+        assert decide(["0.0", None], s0_1=BEHIND) == HOME
+        assert decide(["0.0", "1.1"], s0_1=BEHIND, s1_1=GONE) == HOME
+
+
+class TestKeepers:
+    def test_are_the_first_donors(self) -> None:
+        assert kept_by(HOME) == ["1.0", "1.1"]
+
+    def test_stay_although_a_better_one_is_usable_again(self) -> None:
+        assert kept_by(HOME, keeping=["1.0", "2.1"]) == ["1.0", "2.1"]
+
+    def test_are_replaced_when_they_are_gone(self) -> None:
+        assert kept_by(HOME, keeping=["1.0", "1.1"], s1_1=GONE) == ["1.0", "2.1"]
+
+    def test_of_a_donors_blocks_is_the_next_donor_until_the_own_stage_is_there(self) -> None:
+        assert kept_by(["0.0", "1.1"], s0_1=GONE) == ["1.0", "2.1"]
+        assert kept_by(["0.0", "1.1"], keeping=["1.0", "2.1"], s0_1=BEHIND) == ["1.0", "0.1"]
+
+    def test_there_is_none_where_nobody_else_lives(self) -> None:
+        assert kept_by(["0.0", "1.1"], instances=2, s0_1=GONE) == ["1.0", None]
+        assert kept_by(HOME, instances=1) == [None, None]
+
+    def test_there_is_none_for_a_place_that_nobody_serves(self) -> None:
+        assert kept_by(["0.0", None], s0_1=GONE) == ["1.0", None]
+
+    def test_there_is_none_if_the_plan_wants_none(self) -> None:
+        plan = a_plan().model_copy(update={"replication": ReplicationMode.NONE})
+        assert who(keepers(plan, everyone_but(plan, {}), these(HOME), (), NOW)) == [None, None]

@@ -143,8 +143,8 @@ class Pipeline:
         self._assignment: Assignment = ()
         self._incarnations: tuple[tuple[StageId, str], ...] = ()
         """Of the stages that were last stitched, in pipeline order: another incarnation has lost all KV."""
-        self._keepers: dict[Channel, tuple[Stamp, StageRef | None]] = {}
-        """Where each serving stage was last told to replicate to, and under which stamp."""
+        self._keepers: dict[Channel, StageRef | None] = {}
+        """Where each serving stage was last told to replicate to, on the connection at hand."""
         self._next_tick = time.monotonic()
         self._bars = Bars()
         self._borrowed: set[Channel] = set()
@@ -342,7 +342,7 @@ class Pipeline:
                     stamp=self._stamp,
                     assignment=self._assignment,
                     serving=self._serving if self._stitched else (),
-                    keepers={channel.id: keeper for channel, (_, keeper) in self._keepers.items()},
+                    keepers={channel.id: keeper for channel, keeper in self._keepers.items()},
                     block_tokens=self._block_tokens,
                     obstacle=self._replication_obstacle,
                     failure=self._failure,
@@ -377,6 +377,8 @@ class Pipeline:
             case Plan():
                 self._adopt_plan(event)
             case Connected():
+                with self._changed:
+                    self._keepers.pop(event.channel, None)
                 self._prepare(event.channel)
                 self._settle_topology(event.channel.id, None, time.monotonic())
             case Misfit():
@@ -538,21 +540,23 @@ class Pipeline:
         """Tell every serving stage where its sealed blocks are to be kept, if that has changed."""
         if not self._stitched or self._plan is None:
             return
-        wanted: dict[Channel, tuple[Stamp, StageRef | None]] = {}
+        wanted: dict[Channel, StageRef | None] = {}
         chosen = keepers(self._plan, self._seen(), self._assignment, self._keeping(), time.monotonic())
         for channel, keeper in zip(self._serving, chosen, strict=True):
             ref = self._channels[keeper].ref if keeper is not None and not self._replication_obstacle else None
-            wanted[channel] = (self._stamp, ref)
-            if self._keepers.get(channel, (None, None)) != wanted[channel]:
+            wanted[channel] = ref
+            if self._keepers.get(channel) != ref:
                 channel.send(ReplicateTo(self._stamp, ref.address if ref is not None else None))
                 logger.info("blocks of stage %s are kept by %s", channel.id, ref.id if ref else "nobody")
+        for channel in self._keepers.keys() - wanted.keys():
+            channel.send(ReplicateTo(self._stamp, None))
         with self._changed:
             self._keepers = wanted
 
     def _keeping(self) -> Assignment:
         """Who keeps the copies of every place now."""
         told = [self._keepers.get(channel) for channel in self._serving]
-        return tuple(entry[1].id if entry is not None and entry[1] is not None else None for entry in told)
+        return tuple(ref.id if ref is not None else None for ref in told)
 
     def _begin(
         self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float
