@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -101,6 +102,20 @@ def test_a_replica_of_what_was_in_a_block_before_is_not_used(rig: ReplicatedRig)
     rig.lose_own()
     rig.run()
     assert len(rig.pipeline.forgotten) >= len(rig.pipeline.recomputed)
+    rig.check()
+
+
+def test_nothing_is_sealed_while_the_plan_wants_no_copies(rig: ReplicatedRig) -> None:
+    rig.pipeline.at = replace(rig.pipeline.at, replicates=False)
+    rig.ask("a", prompt_tokens=100, tokens=60)
+    rig.run(steps=12)
+    rig.scheduler._tell_seals(0.0)
+    assert not rig.pipeline.seals
+    rig.pipeline.at = replace(rig.pipeline.at, replicates=True)
+    rig.run(steps=10)
+    rig.scheduler._tell_seals(0.0)
+    assert len(rig.pipeline.seals) >= 6, "those that were full before are sealed as soon as they are wanted"
+    rig.run()
     rig.check()
 
 

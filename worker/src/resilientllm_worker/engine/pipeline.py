@@ -113,6 +113,8 @@ class Boundary:
     """How long the pipeline has been incomplete; 0 if it is complete."""
     newcomers: tuple[Holding, ...] = ()
     """Stages that came into the pipeline since the scheduler last rolled back. The others have all that was sealed."""
+    replicates: bool = True
+    """The plan wants copies of sealed blocks; if not, nothing needs to be sealed."""
 
 
 class Pipeline:
@@ -254,7 +256,8 @@ class Pipeline:
             if not self._stitched and wait_seconds:
                 self._changed.wait_for(lambda: self._stitched, wait_seconds)
             waiting = 0.0 if self._stitched else time.monotonic() - self._incomplete_since
-            return Boundary(self._stamp, self._stitched, self._capacity, waiting, self._newcomers)
+            replicates = self._plan is not None and self._plan.replication is not ReplicationMode.NONE
+            return Boundary(self._stamp, self._stitched, self._capacity, waiting, self._newcomers, replicates)
 
     @property
     def wait_for_donor_seconds(self) -> float:

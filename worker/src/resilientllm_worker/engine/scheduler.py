@@ -60,7 +60,8 @@ class ResilientScheduler(Scheduler):
         obstacle = self._cache.obstacle
         if ranks > 1:
             obstacle = f"stages of {ranks} tensor-parallel ranks are not replicated yet"
-        self._replicates = not obstacle
+        self._can_replicate = not obstacle
+        self._replicates = self._can_replicate and boundary.replicates
         self._pipeline.set_cache(self._cache.block_tokens, obstacle)
 
     # --- vLLM's interface --------------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ class ResilientScheduler(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         boundary = self._pipeline.boundary(HOLD_SECONDS)
         self._roll_back_to(boundary)
+        self._replicates = self._can_replicate and boundary.replicates
         self._pipeline.note_load(len(self.running), len(self.waiting))
         if not boundary.stitched:
             self._fail_overdue(boundary.waiting_seconds)
