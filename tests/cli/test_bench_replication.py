@@ -87,10 +87,11 @@ def test_more_pairs_make_an_interval_narrower() -> None:
 def test_nothing_is_estimated_from_nothing() -> None:
     assert mean_ratio([]) is None
     assert slope([]) is None
-    assert slope([(1.0, 0.1), (1.0, 0.2)]) is None
+    assert slope([(1.0, 0.1), (1.0, 0.2), (1.0, 0.3)]) is None
+    assert slope([(1.0, 0.1), (2.0, 0.2)]) is None, "its interval would be a point"
 
 
-@given(st.floats(-3, 3), st.floats(-3, 3), st.sets(st.integers(0, 50), min_size=2, max_size=8))
+@given(st.floats(-3, 3), st.floats(-3, 3), st.sets(st.integers(0, 50), min_size=3, max_size=8))
 def test_the_slope_of_a_line_is_its_own(rise: float, start: float, places: set[int]) -> None:
     found = slope([(place, start + rise * place) for place in places])
     assert found is not None
@@ -263,8 +264,8 @@ def test_the_document_has_the_promised_fields() -> None:
     assert found["with_replicas"][1]["lag_tokens_p99"] == 64
     assert found["restart"][0]["tokens_recomputed_per_request_max"] == 190
     slopes = found["stall_slope_seconds_per_1000_tokens"]
-    assert slopes["with_replicas"]["value"] == pytest.approx(0.02 / 3.872)
-    assert slopes["restart"] is None
+    assert slopes["without"]["value"] == pytest.approx((2.5 - 0.2) / 3.872)
+    assert slopes["with_replicas"] is slopes["restart"] is None
     overhead = found["overhead"]
     assert overhead["inter_token_latency_mean"]["value"] == pytest.approx(1.1)
     assert overhead["throughput"]["value"] == pytest.approx(0.99)

@@ -40,9 +40,9 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> Estimate | None:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> Estimate | None:
-    """Of the line of least squares through (x, y). None if there are not two different x."""
+    """Of the line of least squares through (x, y). None for less than three points, or if all have the same x."""
     x, y = (np.array([point[axis] for point in points], dtype=np.float64) for axis in (0, 1))
-    if len(set(x.tolist())) < 2:
+    if len(points) < 3 or len(set(x.tolist())) < 2:
         return None
     draws = _draws(len(points))
     slopes = _slopes(x[draws], y[draws])
