@@ -205,8 +205,7 @@ class ResilientScheduler(Scheduler):
         excess = pool.num_gpu_blocks - 1 - capacity_blocks - len(self._balloon)  # the null block is nobody's
         if excess <= 0:
             return
-        free = pool.free_block_queue.get_all_free_blocks()
-        spare = [block for block in free if not self._cache.is_kept(block)][:excess]
+        spare = self._cache.spare(excess)
         pool.touch(spare)
         self._balloon.extend(spare)
 

@@ -159,5 +159,8 @@ class PrefixCache:
         """The prefix cache was emptied."""
         np.frombuffer(self._numbers, dtype=np.int64)[:] = 0
 
-    def is_kept(self, block: KVCacheBlock) -> bool:
-        return self._numbers[block.block_id] != 0
+    def spare(self, count: int) -> list[KVCacheBlock]:
+        """Up to ``count`` free blocks without sealed content, those first that vLLM would hand out next."""
+        numbers = self._numbers
+        free = self.pool.free_block_queue.get_all_free_blocks()
+        return [block for block in free if not numbers[block.block_id]][:count]
