@@ -84,7 +84,8 @@ def _open_to_all(folder: Path) -> Path:
 def ready(cluster: Cluster) -> Observation:
     """The example, as soon as it is Ready."""
     installation.apply(cluster, [installation.example()])
-    # Ready comes with the first verified tokens; the kubelet's own probes, which Progressing waits for, a moment later.
+    # Ready comes with the first verified tokens; the kubelet's own probes, which Progressing waits for, a moment later,
+    # and so does the engines' word that every stage has found its keeper.
     return wait_for(
         cluster,
         NAMESPACE,
@@ -96,7 +97,8 @@ def ready(cluster: Cluster) -> Observation:
 
 
 def is_settled(seen: Observation) -> bool:
-    return [str(each.status) for each in seen.status.conditions if each.type == "Progressing"] == ["False"]
+    now = {each.type: str(each.status) for each in seen.status.conditions}
+    return (now.get("Progressing"), now.get("ReplicationHealthy")) == ("False", "True")
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class TestReadyObject:
             "Available": ("True", "AllInstancesServing"),
             "Degraded": ("False", "AsSpecified"),
             "Progressing": ("False", "AsSpecified"),
+            "ReplicationHealthy": ("True", "Replicating"),
         }
 
     def test_names_instances_that_serve_on_their_own_stages(self, ready: Observation) -> None:
@@ -218,6 +221,7 @@ class TestKilledStage:
         assert all(running >= PINNED for running in killed.running.values()), "the donor must serve two tenants"
         assert killed.recovery.requests_affected > 0
         assert killed.recovery.tokens_recomputed > 0
+        assert killed.recovery.tokens_kept > 0, "the donor had no copies"
 
     @pytest.mark.parametrize("index", range(STREAMS))
     def test_changed_no_token_of_a_stream(self, killed: Killed, index: int) -> None:

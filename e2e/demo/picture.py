@@ -122,7 +122,7 @@ def recovery_words(recovery: RecoveryStatus) -> str:
     donor = f", {recovery.donor} stood in" if recovery.donor else ""
     return (
         f"Stage {places} was lost ({recovery.reason}){donor}: {recovery.requests_affected} requests, "
-        f"{recovery.tokens_recomputed} tokens computed again"
+        f"{recovery.tokens_recomputed} tokens computed again, {recovery.tokens_kept} kept"
     )
 
 

@@ -158,6 +158,7 @@ def _recovery(kill: Kill, recovery: RecoveryStatus | None) -> dict[str, Any] | N
         "phases_ms": phases_in_order(recovery),
         "requests": recovery.requests_affected,
         "tokens_recomputed": recovery.tokens_recomputed,
+        "tokens_kept": recovery.tokens_kept,
         "restored_after_seconds": (recovery.restored_at - kill.at).total_seconds() if recovery.restored_at else None,
     }
 
