@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 from resilientllm_worker.protocol.messages import NewRequest, Stamp, StepFailed, StepResult
+from resilientllm_worker.stage import server
 from resilientllm_worker.stage.merge import Room
 
 from tests.worker.stage.builders import (
@@ -14,6 +15,7 @@ from tests.worker.stage.builders import (
     HOME,
     HOME_BLOCKS,
     MALFORMED,
+    NEVER_SECONDS,
     PATIENCE_SECONDS,
     POOL_BLOCKS,
     Engine,
@@ -94,6 +96,70 @@ def test_a_step_that_is_alone_is_not_kept_waiting() -> None:
             assert home.expect(StepResult).step == number
         assert guest.heard_nothing
         assert stage.server.counts == {"steps": 3, "merged": 0}
+
+
+class TestWaitingForCompany:
+    """After a merged forward the next steps of both come back close together, so the first waits for the second."""
+
+    @pytest.fixture(autouse=True)
+    def for_as_long_as_it_takes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(server, "COMPANY_FRACTION", 1e12)
+        monkeypatch.setattr(server, "LONGEST_COMPANY_SECONDS", NEVER_SECONDS)
+
+    @contextmanager
+    def after_a_merged_forward(self) -> Iterator[tuple[Stage, Engine, Engine]]:
+        with Stage(FIRST) as stage, both_served(stage) as (home, guest):
+            with while_the_runner_is_busy(stage, home, guest):
+                home.step(1, epoch=1)
+                guest.step(0, epoch=1)
+            assert [home.expect(StepResult).step for _ in range(2)] == [0, 1]
+            guest.expect(StepResult)
+            yield stage, home, guest
+
+    def test_the_next_steps_are_merged_though_one_was_at_hand_before(self) -> None:
+        with self.after_a_merged_forward() as (stage, home, guest):
+            home.step(2, epoch=1)
+            home.ask_stitch(epoch=0)
+            guest.step(1, epoch=1)
+            assert home.expect(StepResult).step == 2
+            assert guest.expect(StepResult).step == 1
+            assert stage.server.counts == {"steps": 3, "merged": 2}
+
+    def test_what_else_is_to_be_done_ends_the_wait(self) -> None:
+        with self.after_a_merged_forward() as (stage, home, guest):
+            home.step(2, epoch=1)
+            home.ask_stitch(epoch=0)
+            guest.fence(epoch=2)  # what this leaves to be done is done between steps
+            assert home.expect(StepResult).step == 2
+            home.step(3, epoch=1)
+            assert home.expect(StepResult).step == 3
+            assert stage.server.counts["merged"] == 1
+
+    def test_nobody_waits_for_a_tenant_that_is_not_served(self) -> None:
+        with self.after_a_merged_forward() as (_, home, guest):
+            guest.fence(epoch=2)
+            guest.ask_stitch(epoch=1)
+            for number in (2, 3):
+                home.step(number, epoch=1)
+                assert home.expect(StepResult).step == number
+
+    def test_nobody_waits_after_a_forward_of_one_tenant(self) -> None:
+        with Stage(FIRST) as stage, both_served(stage) as (home, _):
+            for number in range(3):
+                home.step(number, epoch=1)
+                assert home.expect(StepResult).step == number
+            assert stage.server.counts == {"steps": 3, "merged": 0}
+
+
+def test_the_wait_for_company_is_short_and_is_not_repeated() -> None:
+    with Stage(FIRST) as stage, both_served(stage) as (home, guest):
+        with while_the_runner_is_busy(stage, home, guest):
+            home.step(1, epoch=1)
+            guest.step(0, epoch=1)
+        for number in range(2, 5):
+            home.step(number, epoch=1)
+        assert [home.expect(StepResult).step for _ in range(5)] == [0, 1, 2, 3, 4]
+        assert stage.server.counts == {"steps": 5, "merged": 1}
 
 
 @pytest.mark.parametrize("room", [None, Room(tokens=5, requests=8), Room(tokens=64, requests=1)], ids=str)

@@ -2,7 +2,8 @@
 
 Threads: one per connection reads and notes what came; one, the caller of `run`, touches vLLM. A step runs when its
 command and its hidden states are both here, so a tenant whose pipeline is slow never holds up the other. If such a step
-of each tenant is at hand when the runner is free, they run in one forward; else tenants take turns.
+of each tenant is at hand when the runner is free, they run in one forward; else tenants take turns. Nobody waits for
+the other tenant, but for a moment after such a forward.
 """
 
 from __future__ import annotations
@@ -79,6 +80,14 @@ LINK_DIAL_SECONDS = 1.0
 """For the connection, and once more for authentication: less than an engine waits for a stitch."""
 SHORTEST_HEARTBEAT_SECONDS = 0.01
 SLOTS_BUSY_SECONDS = 0.001
+COMPANY_FRACTION = 0.3
+"""Of a merged forward's time: how long the step after it waits for the other tenant's.
+
+Both results left at once, and both pipelines are equally long, so the next steps come back close together, but not at
+the same moment. If the first of them ran alone, the other would have to wait for all of it, and they would drift apart.
+"""
+LONGEST_COMPANY_SECONDS = 0.01
+"""The forward may have been a long prompt's, and the step after it is not."""
 OLD_WRITES_SECONDS = 1.0
 """How long a stitch waits for what an older topology may still write: less than an engine waits for a stitch."""
 
@@ -120,6 +129,9 @@ class StageServer:
         self._steps_done = 0
         self._merged_steps_done = 0
         self._step_started: float | None = None
+        # The runner thread's own.
+        self._company_seconds = 0.0
+        """How long the next step waits for the other tenant's, if that is not at hand."""
 
     # --- the runner thread -------------------------------------------------------------------------------------
 
@@ -155,19 +167,25 @@ class StageServer:
                     return None
                 if self._calls:
                     return self._calls.popleft()
-                ready = [t for t in self._tenants.values() if t.ready_step(self._stage == 0) is not None]
-                if ready:
+                ready = self._ready()
+                if not ready:
+                    self._changed.wait()
+                elif len(ready) == 1 and self._company_seconds and sum(t.stitched for t in self._tenants.values()) > 1:
+                    company, self._company_seconds = self._company_seconds, 0.0
+                    self._changed.wait_for(lambda: self._stopping or self._calls or len(self._ready()) != 1, company)
+                else:
                     break
-                self._changed.wait()
             ready.sort(key=lambda candidate: candidate.last_served)
             room = self._model.merging_room() if self._merges and len(ready) > 1 else None
-            # Only what is at hand: to wait for the other tenant would cost this one time, and it seldom pays.
             if room is None or why_apart([tenant.steps[0] for tenant in ready], room) is not None:
                 del ready[1:]
             self._running = {tenant.instance for tenant in ready}
             void = list(self._void_prefixes)
             self._void_prefixes.clear()
             return [self._take(tenant) for tenant in ready], void
+
+    def _ready(self) -> list[Tenant]:
+        return [tenant for tenant in self._tenants.values() if tenant.ready_step(self._stage == 0) is not None]
 
     def _take(self, tenant: Tenant) -> _Turn:
         self._turn += 1
@@ -219,10 +237,12 @@ class StageServer:
         if void:
             known = [request for request in self._model.requests() if request.startswith(tuple(void))]
             step = msgspec.structs.replace(step, finished=[*step.finished, *known])
-        self._step_started = time.monotonic()
+        self._step_started = started = time.monotonic()
         try:
             result = self._model.run(step, inbound, send if turns[0].outbound is not None else None)
         finally:
+            took = time.monotonic() - started
+            self._company_seconds = min(COMPANY_FRACTION * took, LONGEST_COMPANY_SECONDS) if len(batch) > 1 else 0.0
             self._step_started = None
             self._steps_done += 1
             self._merged_steps_done += len(batch) > 1
