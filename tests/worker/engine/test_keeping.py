@@ -91,6 +91,19 @@ def test_a_keeper_that_is_lost_is_replaced() -> None:
         assert world["0.0"].wait_told(ReplicateTo, told + 1).address == world["2.0"].address
 
 
+def test_the_order_of_the_plan_is_restored_while_nothing_runs() -> None:
+    with a_world(instances=3) as world:
+        world.pipeline.note_load(1, 0)
+        world["1.0"].die()
+        world.wait(lambda state: kept_by(world) == ["2.0", "1.1"])
+        world.restart("1.0", has_kv=True)
+        world.wait(lambda state: state.stages[0].donors_connected == 2)
+        told = world["0.0"].count(ReplicateTo)
+        assert kept_by(world) == ["2.0", "1.1"]
+        world.pipeline.note_load(0, 0)
+        assert world["0.0"].wait_told(ReplicateTo, told + 1).address == world["1.0"].address
+
+
 def test_the_keeper_stands_in_and_says_what_it_holds() -> None:
     with a_world() as world:
         world["1.1"].holds = {5: 50, 6: 51}

@@ -56,7 +56,7 @@ def talking_to(keeper: Keeper) -> Iterator[Connection]:
 def a_batch(keeper: Keeper, *seals: Seal, **changes: object) -> tuple[Replicas, bytes]:
     size = keeper.cache.block_bytes
     body = some_bytes(len(seals) * size, len(seals))
-    batch = Replicas(list(seals), checksums(memoryview(body), size), [], [], len(body))
+    batch = Replicas(list(seals), checksums(seals, memoryview(body), size), [], [], len(body))
     return msgspec.structs.replace(batch, **changes), body
 
 
@@ -225,3 +225,11 @@ class TestBrokenRules:
 def assert_serves(keeper: Keeper) -> None:
     with sending_to(keeper) as channel:
         assert keep(channel, *a_batch(keeper, a_seal(99))).stored == [99]
+
+
+def test_good_content_under_a_wrong_label_is_corrupt() -> None:
+    seals, body = [Seal(7, 3, 0, 0, 1, b"key")], memoryview(bytes(range(64)))
+    (good,) = checksums(seals, body, 64)
+    assert checksums(seals, body, 64) == [good]
+    assert checksums([Seal(8, 3, 0, 0, 1, b"key")], body, 64) != [good]
+    assert checksums([Seal(7, 4, 0, 0, 1, b"key")], body, 64) != [good]

@@ -544,7 +544,9 @@ class Pipeline:
         if not self._stitched or self._plan is None:
             return
         wanted: dict[Channel, StageRef | None] = {}
-        chosen = keepers(self._plan, self._seen(), self._assignment, self._keeping(), time.monotonic())
+        # A change means to send everything again; while nothing runs that is cheap, and brings back the plan's order.
+        keeping = self._keeping() if self._load != (0, 0) else ()
+        chosen = keepers(self._plan, self._seen(), self._assignment, keeping, time.monotonic())
         for channel, keeper in zip(self._serving, chosen, strict=True):
             ref = self._channels[keeper].ref if keeper is not None and not self._replication_obstacle else None
             wanted[channel] = ref

@@ -274,7 +274,7 @@ class Replicas(_Struct):
 
     seals: list[Seal]
     checksums: list[int]
-    """XXH3, 64 bits, of each block's content."""
+    """XXH3, 64 bits, of each block's content, seeded with its block and number."""
     void: list[int]
     """Blocks whose kept content, if any, is of no use any more. They come before ``seals``."""
     ended: list[int]

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import xxhash
 
+from resilientllm_worker.protocol.messages import Seal
 
-def checksums(content: memoryview, block_bytes: int) -> list[int]:
-    """XXH3, 64 bits, of each block in ``content``, which is a whole number of blocks."""
+
+def checksums(seals: Sequence[Seal], content: memoryview, block_bytes: int) -> list[int]:
+    """XXH3, 64 bits, of each block of ``content``, in the order of ``seals``.
+
+    Block and number are its seed: good content under a wrong label would be as bad as wrong content.
+    """
     digest = xxhash.xxh3_64_intdigest
-    return [digest(content[start : start + block_bytes]) for start in range(0, len(content), block_bytes)]
+    return [
+        digest(content[place * block_bytes : (place + 1) * block_bytes], _seed(seal))
+        for place, seal in enumerate(seals)
+    ]
+
+
+def _seed(seal: Seal) -> int:
+    return (seal.number << 24 ^ seal.block) & 0xFFFF_FFFF_FFFF_FFFF

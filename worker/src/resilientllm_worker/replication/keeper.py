@@ -120,7 +120,7 @@ def _keep(
 ) -> ReplicasKept | None:
     """Stores one batch; None if that is not allowed any more, and then nothing of it is stored."""
     block_bytes = store.block_bytes
-    found = checksums(content, block_bytes) if verify else batch.checksums
+    found = checksums(batch.seals, content, block_bytes) if verify else batch.checksums
     good = [place for place, expected in enumerate(batch.checksums) if found[place] == expected]
     with may_store() as allowed:
         if not allowed:

@@ -255,7 +255,7 @@ class Replicator:
         block_bytes = self._store.block_bytes
         content = staging[: len(batch) * block_bytes]
         self._store.read([block.slot for block in batch], content)
-        sums = checksums(content, block_bytes)
+        sums = checksums([block.seal for block in batch], content, block_bytes)
         with self._changed:
             good, void, ended = course.backlog.confirm(batch)
         if not (good or void or ended):
