@@ -92,13 +92,35 @@ def with_kill(
     return asyncio.run(run())
 
 
-def merged_steps(cluster: LocalCluster, instance: int, stage: int) -> int:
-    """How many steps of a stage were both tenants' at once, since its process started."""
-    counts = cluster.stage_counts(instance, stage)
-    assert counts is not None, f"stage {instance}.{stage} does not answer"
-    return counts["merged"]
-
-
 def compared(expected: Sequence[Sequence[int]], streams: Sequence[Stream]) -> Tokens:
     assert not [stream.error for stream in streams if stream.error]
     return total(compare(want, got.tokens) for want, got in zip(expected, streams, strict=True))
+
+
+def merged_steps(
+    cluster: LocalCluster, donor: tuple[int, int], kill: Callable[[], object], *, tokens: int, prompt_tokens: int
+) -> int:
+    """How many forwards of the donor are for both tenants' streams, which start after ``kill`` and must be right.
+
+    Not more than one prompt may fit into a step. Then each engine comes to have two steps in flight, and these queue up
+    at the donor. Otherwise both would have one, and they would pass the donor one behind the other.
+    """
+    urls = [engine.url for engine in cluster.engines]
+    asked = [asks(4, tokens=tokens, prompt_tokens=prompt_tokens, first=first) for first in (2, 6)]
+
+    async def both(urls: Sequence[str]) -> list[list[Stream]]:
+        return await asyncio.gather(*(stream_all(url, wanted) for url, wanted in zip(urls, asked, strict=True)))
+
+    def merged() -> int:
+        counts = cluster.stage_counts(*donor)
+        assert counts is not None, f"stage {donor} does not answer"
+        return counts["merged"]
+
+    # Learnt from the other instance each, so that no prompt is in the prefix cache where it is asked.
+    expected = asyncio.run(both(urls[::-1]))
+    before = merged()
+    kill()
+    for want, got in zip(expected, asyncio.run(both(urls)), strict=True):
+        assert not [stream.error for stream in want if stream.error]
+        assert compared([stream.tokens for stream in want], got) == Tokens(delivered=len(want) * tokens)
+    return merged() - before
