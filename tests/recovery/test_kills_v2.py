@@ -10,7 +10,7 @@ from resilientllm_api.plan import Limits
 from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
 
-from tests.recovery.load import READY_SECONDS, asks, compared, undisturbed, with_kill
+from tests.recovery.load import READY_SECONDS, asks, compared, merged_steps, undisturbed, with_kill
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -58,3 +58,9 @@ def test_streams_of_both_tenants_survive(cluster: LocalCluster, stage: int) -> N
     )
     assert compared(expected[0], streams) == Tokens(delivered=60 + 48 + 36)
     assert compared(expected[1], beside) == Tokens(delivered=60 + 40)
+
+
+def test_a_donor_runs_steps_of_both_tenants_in_one_forward(cluster: LocalCluster) -> None:
+    cluster.wait_ready(READY_SECONDS)
+    merged = merged_steps(cluster, (1, 1), lambda: cluster.kill_stage(0, 1), tokens=60, prompt_tokens=200)
+    assert merged > 0
