@@ -44,6 +44,8 @@ class RecoveryKind(StrEnum):
     """A donor took the place of a lost stage."""
     SWAP_BACK = "SwapBack"
     """The instance's own stage is back in its place."""
+    MOVE = "Move"
+    """A donor took the place of a stage that still works, because that is to go."""
 
 
 class StageServing(Frozen):
@@ -54,6 +56,8 @@ class StageServing(Frozen):
     """The instance's own stage, a donor, or nobody."""
     own_connected: bool
     """Whether the instance's own stage answers."""
+    own_leaving: bool = False
+    """The own stage has been told to end, and waits until nobody needs it."""
     donors_connected: int = 0
 
 
@@ -91,7 +95,7 @@ class Recovery(Frozen):
     stages: tuple[int, ...]
     """The places of the pipeline that changed hands."""
     reason: LossReason | None = None
-    """Why, for ``Borrow``."""
+    """Why, for ``Borrow``; the others lose nothing."""
     served_by: tuple[StageId, ...] = ()
     detected_at: datetime
     resumed_at: datetime | None = None

@@ -85,6 +85,11 @@ class Plan(Frozen):
     """For every stage the stages that may stand in, in order of preference."""
     limits: Limits = Limits()
     replication: ReplicationMode = ReplicationMode.RING
+    leaving: tuple[StageId, ...] = ()
+    """Stages that are to go, and still work: the engine moves away from them without losing anything, and uses them
+    only where nobody else can serve."""
+    lost: tuple[StageId, ...] = ()
+    """Stages that must not be used, whatever they say themselves: their device or their node is not to be trusted."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
