@@ -218,7 +218,8 @@ class TestRights:
             ("update", "resilientllms", "no"),
             ("patch", "pods", "no"),
             ("create", "pods/exec", "no"),
-            ("list", "nodes", "no"),
+            ("watch", "nodes", "yes"),
+            ("patch", "nodes", "no"),
         ],
     )
     def test_are_what_is_needed_and_no_more(self, cluster: Cluster, verb: str, resource: str, allowed: str) -> None:

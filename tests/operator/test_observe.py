@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from resilientllm_operator.observe import owner_of, view_object, view_pods, view_status
+from resilientllm_operator.observe import node_essence, owner_of, view_node, view_object, view_pods, view_status
 from resilientllm_operator.pods import build_pod
-from resilientllm_operator.world import Exit, Owner, PodView, Waiting
+from resilientllm_operator.world import Ailment, Exit, NodeView, Owner, PodView, Taint, Waiting
 
 from tests.operator.builders import UID, obj, stage
 
@@ -47,6 +48,7 @@ def test_a_new_pod_has_nothing_yet() -> None:
 def test_a_terminating_pod_is_leaving() -> None:
     view = observed(RUNNING, deletionTimestamp="2026-11-21T12:00:00Z")
     assert view.leaving and not view.ended
+    assert view.ends_by == datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
@@ -70,6 +72,83 @@ def test_the_kubelet_says_why_it_waits() -> None:
 def test_the_scheduler_says_why_not() -> None:
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
     assert observed({"conditions": [condition]}).unschedulable == "0/3 nodes"
+
+
+def test_the_kubelet_says_which_devices_are_not_well() -> None:
+    gpus = [
+        {"resourceID": "GPU-1", "health": "Healthy"},
+        {"resourceID": "GPU-2", "health": "Unhealthy", "message": "ECC error count exceeded threshold"},
+        {"resourceID": "GPU-3", "health": "Unknown"},
+    ]
+    statuses = [{"name": "nvidia.com/gpu", "resources": gpus}, {"name": "claim:nic"}]
+    assert observed(with_container(allocatedResourcesStatus=statuses)).ailments == (
+        Ailment("nvidia.com/gpu", "GPU-2", certain=True, message="ECC error count exceeded threshold"),
+        Ailment("nvidia.com/gpu", "GPU-3", certain=False),
+    )
+    assert observed(RUNNING).ailments == ()
+
+
+NODE = {
+    "metadata": {
+        "name": "node-1",
+        "resourceVersion": "7",
+        "labels": {"topology.kubernetes.io/zone": "a"},
+        "annotations": {"long": "text"},
+    },
+    "spec": {"podCIDR": "10.1.0.0/24"},
+    "status": {
+        "images": [{"names": ["example.invalid/large:1"]}],
+        "conditions": [
+            {
+                "type": "Ready",
+                "status": "True",
+                "lastHeartbeatTime": "2026-11-21T12:00:00Z",
+                "lastTransitionTime": "2026-11-20T12:00:00Z",
+                "reason": "KubeletReady",
+            }
+        ],
+    },
+}
+
+
+def changed(part: str, **changes: Any) -> NodeView:
+    return view_node(node_essence({**NODE, part: {**NODE[part], **changes}}))
+
+
+def test_a_node_that_is_well() -> None:
+    view = view_node(node_essence(NODE))
+    assert (view.name, view.ready, view.unschedulable, view.deleting, view.taints) == ("node-1", True, False, False, ())
+    assert view.labels == {"topology.kubernetes.io/zone": "a"}
+    assert view.conditions["Ready"].since == datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+def test_a_heartbeat_changes_nothing() -> None:
+    (ready,) = NODE["status"]["conditions"]
+    beat = changed("status", conditions=[{**ready, "lastHeartbeatTime": "2026-11-21T13:00:00Z"}])
+    assert beat == view_node(node_essence(NODE))
+
+
+@pytest.mark.parametrize(("status", "ready"), [("True", True), ("False", False), ("Unknown", None)])
+def test_a_node_is_ready_or_not_or_unknown(status: str, ready: bool | None) -> None:
+    assert changed("status", conditions=[{"type": "Ready", "status": status}]).ready is ready
+
+
+def test_a_node_that_never_said_anything_is_unknown() -> None:
+    assert changed("status", conditions=[]).ready is None
+
+
+def test_what_keeps_pods_off_a_node() -> None:
+    taint = {"key": "gpu", "value": "broken", "effect": "NoExecute", "timeAdded": "2026-11-21T12:00:00Z"}
+    view = changed("spec", unschedulable=True, taints=[taint])
+    assert view.unschedulable and view.taints == (Taint("gpu", "NoExecute", "broken"),)
+    assert str(view.taints[0]) == "gpu=broken:NoExecute"
+    assert changed("metadata", deletionTimestamp="2026-11-21T12:00:00Z").deleting
+
+
+def test_only_what_is_looked_at_of_a_node_is_kept() -> None:
+    kept = node_essence(NODE)
+    assert "images" not in kept["status"] and "annotations" not in kept["metadata"]
+    assert kept["metadata"]["resourceVersion"] == "7"
 
 
 def test_ipv4_is_chosen_of_two_families() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from base64 import b64decode
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 import aiohttp
@@ -27,7 +28,7 @@ from resilientllm_operator.observe import is_controlled_by, owner_of, view_objec
 from resilientllm_operator.pods import TOKEN_KEY
 from resilientllm_operator.routing import endpoints_essence, service_essence
 from resilientllm_operator.store import Store
-from resilientllm_operator.world import ObjectView, Owner, PodView, World
+from resilientllm_operator.world import NodeView, ObjectView, Owner, PodView, World
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,12 @@ REFUSAL_IS_FRESH = timedelta(seconds=60)
 
 
 class Caretaker:
-    def __init__(self, kube: KubeClient, store: Store, namespace: str, name: str, uid: str) -> None:
+    def __init__(
+        self, kube: KubeClient, store: Store, namespace: str, name: str, uid: str, nodes: Mapping[str, NodeView]
+    ) -> None:
+        """``nodes``: all nodes as they are, by name; it changes with them."""
         self.uid = uid
+        self._nodes = nodes
         self._kube = kube
         self._store = store
         self._namespace = namespace
@@ -122,6 +127,7 @@ class Caretaker:
         return World(
             object=obj,
             pods=pods,
+            nodes=self._nodes,
             engines=self._engines.views if self._engines else {},
             token=self._token_owner,
             service_owner=owner_of(service, self.uid),

@@ -12,15 +12,18 @@ from resilientllm_operator.actions import Manifest
 from resilientllm_operator.caretaker import Caretaker
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import NAME_LABEL, SELECTOR
+from resilientllm_operator.observe import node_essence, view_node
 from resilientllm_operator.store import Store
+from resilientllm_operator.whereabouts import Whereabouts
+from resilientllm_operator.world import NodeView
 
 logger = logging.getLogger(__name__)
 
 RELIST_SECONDS = 30.0
 """How long a deletion that a broken watch has missed may stay unnoticed."""
 CRD_POLL_SECONDS = 2.0
-WATCHED = {KIND: "", "Pod": SELECTOR, "Service": SELECTOR, "EndpointSlice": SELECTOR}
-"""What is watched, and the label selector."""
+WATCHED = {KIND: "", "Node": "", "Pod": SELECTOR, "Service": SELECTOR, "EndpointSlice": SELECTOR}
+"""What is watched, and the label selector. Nodes only if the operator may see them."""
 
 
 class Controller:
@@ -29,21 +32,27 @@ class Controller:
         self._kube = kube
         self._namespace = namespace
         self._store = Store(self._changed)
+        self._whereabouts = Whereabouts()
+        self._nodes: dict[str, NodeView] = {}
+        """All nodes, read once for all caretakers. Stays empty if the operator may not see them."""
+        self.watched = WATCHED
         self._caretakers: dict[tuple[str, str], tuple[Caretaker, asyncio.Task[None]]] = {}
         self._synced = False
 
     def seen(self, kind: str, event_type: str | None, obj: Manifest) -> None:
         """A watch event."""
+        obj = node_essence(obj) if kind == "Node" else obj
         if event_type == "DELETED":
             self._store.remove(kind, obj)
         else:
             self._store.put(kind, obj)
 
     async def wait_for_crd(self) -> None:
-        """Returns when ResilientLLM objects can be listed."""
+        """Returns when ResilientLLM objects can be listed, and it is known whether nodes can."""
         while True:
             try:
                 await self._kube.list(KIND, self._namespace)
+                await self._look_for_nodes()
                 return
             except ApiError as error:
                 if error.code == 404:
@@ -53,6 +62,15 @@ class Controller:
             except (aiohttp.ClientError, TimeoutError) as error:
                 logger.warning("the API server does not answer yet: %s", error or type(error).__name__)
             await asyncio.sleep(CRD_POLL_SECONDS)
+
+    async def _look_for_nodes(self) -> None:
+        """An operator of one namespace may lack rights in the cluster: it works, and knows less."""
+        if not await self._kube.may_list("Node"):
+            self.watched = {kind: selector for kind, selector in WATCHED.items() if kind != "Node"}
+            logger.warning(
+                "may not list nodes: cordons, taints and conditions of nodes are not seen, and stages move away from "
+                "a node only when they are lost. Bind the ClusterRole resilientllm-operator-nodes to change that."
+            )
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -67,8 +85,10 @@ class Controller:
             await self._stop()
 
     async def _relist(self) -> None:
-        for kind, selector in WATCHED.items():
+        for kind, selector in self.watched.items():
             objects, version = await self._kube.list(kind, self._namespace, selector)
+            if kind == "Node":
+                objects = [node_essence(node) for node in objects]
             self._store.replace(kind, objects, version)
         if not self._synced:
             # Only now: an object whose pods are not known yet would be taken for one without pods.
@@ -77,11 +97,28 @@ class Controller:
                 self._changed(KIND, obj)
 
     def _changed(self, kind: str, obj: Manifest) -> None:
-        if not self._synced:
+        if kind == "Node":
+            self._node_changed(obj["metadata"]["name"])
             return
         metadata = obj["metadata"]
+        if kind == "Pod":
+            exists = self._store.get(kind, metadata["namespace"], metadata["name"]) is not None
+            (self._whereabouts.put if exists else self._whereabouts.remove)(obj)
         name = metadata["name"] if kind == KIND else metadata.get("labels", {}).get(NAME_LABEL)
-        key = (metadata["namespace"], name)
+        self._object_changed((metadata["namespace"], name))
+
+    def _node_changed(self, name: str) -> None:
+        node = self._store.get("Node", "", name)
+        before = self._nodes.pop(name, None)
+        if node is not None:
+            self._nodes[name] = view_node(node)
+        if self._nodes.get(name) != before:  # Most events of nodes are heartbeats.
+            for key in self._whereabouts.objects_on(name):
+                self._object_changed(key)
+
+    def _object_changed(self, key: tuple[str, str]) -> None:
+        if not self._synced:
+            return
         known = self._caretakers.get(key)
         if known is not None and not known[1].done():
             known[0].wake()
@@ -89,7 +126,7 @@ class Controller:
         if current is None:
             return
         if known is None or known[1].done():
-            caretaker = Caretaker(self._kube, self._store, *key, uid=current["metadata"]["uid"])
+            caretaker = Caretaker(self._kube, self._store, *key, uid=current["metadata"]["uid"], nodes=self._nodes)
             task = asyncio.create_task(caretaker.run(), name=f"caretaker {key[0]}/{key[1]}")
             # The object may have been deleted and made again while the old caretaker was on its way out.
             task.add_done_callback(lambda _: self._ended(key))

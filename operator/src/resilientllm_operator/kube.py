@@ -27,7 +27,9 @@ RESOURCES = {
     "Service": ("api/v1", "services"),
     "EndpointSlice": ("apis/discovery.k8s.io/v1", "endpointslices"),
     "Event": ("apis/events.k8s.io/v1", "events"),
+    "Node": ("api/v1", "nodes"),
 }
+CLUSTER_SCOPED = {"Node"}
 
 
 class ApiError(Exception):
@@ -69,6 +71,16 @@ class KubeClient:
         params = {"labelSelector": selector} if selector else {}
         result = await self._request("GET", _path(kind, namespace), params=params)
         return result["items"], int(result["metadata"]["resourceVersion"])
+
+    async def may_list(self, kind: str) -> bool:
+        """Whether objects of a kind may be listed, in all namespaces where they have any."""
+        try:
+            await self._request("GET", _path(kind, None), params={"limit": "1"})
+        except ApiError as error:
+            if error.code == 403:
+                return False
+            raise
+        return True
 
     async def create(self, kind: str, manifest: Manifest) -> Manifest:
         path = _path(kind, manifest["metadata"]["namespace"])
@@ -123,7 +135,7 @@ class KubeClient:
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
     root, plural = RESOURCES[kind]
-    scope = f"/namespaces/{quote(namespace)}" if namespace is not None else ""
+    scope = f"/namespaces/{quote(namespace)}" if namespace is not None and kind not in CLUSTER_SCOPED else ""
     return f"{root}{scope}/{plural}" + (f"/{quote(name)}" if name is not None else "")
 
 

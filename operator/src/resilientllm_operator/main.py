@@ -27,12 +27,21 @@ def build_registry(log_in: login.Login, namespace: str | None, port: int) -> kop
     stack = AsyncExitStack()
     controllers: list[Controller] = []
 
+    def watch(kind: str) -> None:
+        # Before kopf looks for what to watch, which is after the start: a watch that is not allowed would end it.
+        api, plural = RESOURCES[kind]
+        *group, version = api.split("/")[1:]
+        selector = (group[0], version, plural) if group else (version, plural)
+        kopf.on.event(*selector, registry=registry, id=f"seen-{plural}")(_handler(kind, controllers))
+
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         tune(settings)
         await stack.enter_async_context(telemetry.serve(port))
         kube = await stack.enter_async_context(login.connect(log_in))
         controller = Controller(kube, namespace)
         await controller.wait_for_crd()
+        for kind in controller.watched:
+            watch(kind)
         task = asyncio.create_task(controller.run(), name="controller")
         stack.push_async_callback(_cancel, task)
         controllers.append(controller)
@@ -48,11 +57,6 @@ def build_registry(log_in: login.Login, namespace: str | None, port: int) -> kop
     # A taken port or a missing right does not mend itself in the process: end, and let the kubelet back off.
     kopf.on.startup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)(start)
     kopf.on.cleanup(registry=registry)(stop)
-    for kind in WATCHED:
-        api, plural = RESOURCES[kind]
-        *group, version = api.split("/")[1:]
-        selector = (group[0], version, plural) if group else (version, plural)
-        kopf.on.event(*selector, registry=registry, id=f"seen-{plural}")(_handler(kind, controllers))
     return registry
 
 

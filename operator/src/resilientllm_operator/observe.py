@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +10,17 @@ from pydantic import ValidationError
 from resilientllm_api.crd import RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
 
 from resilientllm_operator.names import SPEC_HASH_ANNOTATION, slot_of
-from resilientllm_operator.world import Exit, ObjectView, Owner, PodView, Waiting
+from resilientllm_operator.world import (
+    Ailment,
+    Exit,
+    NodeCondition,
+    NodeView,
+    ObjectView,
+    Owner,
+    PodView,
+    Taint,
+    Waiting,
+)
 
 Json = Mapping[str, Any]
 
@@ -44,6 +54,37 @@ def view_pods(pods: Iterable[Json], owner_uid: str) -> tuple[PodView, ...]:
     return tuple(sorted((view for view in views if view is not None), key=lambda view: (view.slot, view.name)))
 
 
+def node_essence(node: Json) -> dict[str, Any]:
+    """What of a node is worth keeping: its list of images alone is longer than all that we look at."""
+    metadata, spec, status = node["metadata"], node.get("spec", {}), node.get("status", {})
+    kept = ("name", "resourceVersion", "labels", "deletionTimestamp")
+    return {
+        "metadata": {key: metadata[key] for key in kept if key in metadata},
+        "spec": {key: spec[key] for key in ("unschedulable", "taints") if key in spec},
+        "status": {"conditions": status.get("conditions", [])},
+    }
+
+
+def view_node(node: Json) -> NodeView:
+    metadata, spec = node["metadata"], node.get("spec", {})
+    return NodeView(
+        name=metadata["name"],
+        labels=metadata.get("labels", {}),
+        unschedulable=spec.get("unschedulable", False),
+        deleting="deletionTimestamp" in metadata,
+        taints=tuple(Taint(each["key"], each["effect"], each.get("value", "")) for each in spec.get("taints") or ()),
+        conditions={
+            each["type"]: NodeCondition(
+                status=each["status"],
+                reason=each.get("reason", ""),
+                message=each.get("message", ""),
+                since=_time(each["lastTransitionTime"]) if each.get("lastTransitionTime") else None,
+            )
+            for each in node.get("status", {}).get("conditions") or ()
+        },
+    )
+
+
 def is_controlled_by(obj: Json, owner_uid: str) -> bool:
     references = obj["metadata"].get("ownerReferences", [])
     return any(reference.get("controller") and reference["uid"] == owner_uid for reference in references)
@@ -72,11 +113,13 @@ def _view_pod(pod: Json) -> PodView | None:
         node=spec.get("nodeName"),
         leaving="deletionTimestamp" in metadata or ended,
         ended=ended and "deletionTimestamp" not in metadata,
+        ends_by=_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         ready=_condition(status, "Ready").get("status") == "True",
         restarts=container.get("restartCount", 0),
         unschedulable=_unschedulable(status),
         waiting=_waiting(container),
         last_exit=_last_exit(container),
+        ailments=tuple(_ailments(container)),
     )
 
 
@@ -107,6 +150,15 @@ def _last_exit(container: Json) -> Exit | None:
         if terminated := state.get("terminated"):
             return Exit(terminated["exitCode"], terminated.get("message", ""))
     return None
+
+
+def _ailments(container: Json) -> Iterator[Ailment]:
+    """KEP-4680: the health of every device that the container was given, by device plugins and by DRA drivers."""
+    for resource in container.get("allocatedResourcesStatus") or ():
+        for device in resource.get("resources") or ():
+            if (health := device.get("health", "Healthy")) != "Healthy":
+                certain, message = health == "Unhealthy", device.get("message") or ""
+                yield Ailment(resource["name"], device["resourceID"], certain, message)
 
 
 def _time(text: str) -> datetime:

@@ -12,7 +12,7 @@ from typing import Any
 from resilientllm_operator.actions import Manifest
 
 Key = tuple[str, str, str]
-"""kind, namespace, name"""
+"""kind, namespace (empty for what has none), name"""
 
 
 class Store:
@@ -62,7 +62,7 @@ class Store:
 
 
 def _key(kind: str, obj: Manifest) -> Key:
-    return kind, obj["metadata"]["namespace"], obj["metadata"]["name"]
+    return kind, obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
 
 
 def _version(obj: Manifest | None) -> int:

@@ -49,6 +49,18 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Ailment:
+    """A device of a container that is not known to be well, in the kubelet's words."""
+
+    resource: str
+    """Such as ``nvidia.com/gpu``, or ``claim:NAME/REQUEST``."""
+    device: str
+    certain: bool
+    """Whether it is Unhealthy. Otherwise nobody knows: its plugin does not answer."""
+    message: str = ""
+
+
+@dataclass(frozen=True)
 class PodView:
     name: str
     uid: str
@@ -61,17 +73,59 @@ class PodView:
     """Terminating, perhaps for ever on a node that is gone; or ended, which a pod that restarts never should."""
     ended: bool = False
     """Failed or Succeeded: evicted, or the node was shut down. The object is still to be deleted."""
+    ends_by: datetime | None = None
+    """When its time to end in order is over; None if nobody has asked it to end."""
     ready: bool = False
     restarts: int = 0
     unschedulable: str | None = None
     """The scheduler's message."""
     waiting: Waiting | None = None
     last_exit: Exit | None = None
+    ailments: tuple[Ailment, ...] = ()
 
     @property
     def rejected_configuration(self) -> bool:
         """Whether the process ended itself because no restart can help, and has not recovered since."""
         return not self.ready and self.last_exit is not None and self.last_exit.code == BAD_CONFIGURATION_EXIT_CODE
+
+
+@dataclass(frozen=True)
+class Taint:
+    key: str
+    effect: str
+    value: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}{f'={self.value}' if self.value else ''}:{self.effect}"
+
+
+@dataclass(frozen=True)
+class NodeCondition:
+    status: str
+    """True, False or Unknown."""
+    reason: str = ""
+    message: str = ""
+    since: datetime | None = None
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node, without what its kubelet writes again and again."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    unschedulable: bool = False
+    """Cordoned; ``kubectl drain`` begins with that, too."""
+    deleting: bool = False
+    taints: tuple[Taint, ...] = ()
+    conditions: Mapping[str, NodeCondition] = field(default_factory=dict)
+    """By type."""
+
+    @property
+    def ready(self) -> bool | None:
+        """None: the node does not answer, or has never said."""
+        status = self.conditions.get("Ready", NodeCondition("Unknown")).status
+        return {"True": True, "False": False}.get(status)
 
 
 class Contact(Enum):
@@ -117,6 +171,8 @@ class Refusal:
 class World:
     object: ObjectView
     pods: tuple[PodView, ...] = ()
+    nodes: Mapping[str, NodeView] = field(default_factory=dict)
+    """All nodes, by name. Empty: the operator may not see them, and nothing follows from a missing one."""
     engines: Mapping[str, EngineView] = field(default_factory=dict)
     """By the uid of the engine's pod."""
     token: Owner = Owner.NOBODY

@@ -1,0 +1,69 @@
+"""What the controller watches, and whom an event wakes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from resilientllm_operator.controller import WATCHED, Controller
+from resilientllm_operator.kube import KubeClient
+
+
+class Cluster(KubeClient):
+    """Stands in for an API server without objects."""
+
+    def __init__(self, may_list_nodes: bool) -> None:
+        self._may_list_nodes = may_list_nodes
+
+    async def list(self, kind: str, namespace: str | None, selector: str = "") -> tuple[list[dict[str, Any]], int]:
+        return [], 1
+
+    async def may_list(self, kind: str) -> bool:
+        return self._may_list_nodes
+
+
+def test_everything_is_watched_where_nodes_may_be_seen(caplog: pytest.LogCaptureFixture) -> None:
+    controller = Controller(Cluster(may_list_nodes=True), None)
+    asyncio.run(controller.wait_for_crd())
+    assert controller.watched == WATCHED
+    assert caplog.records == []
+
+
+def test_an_operator_of_one_namespace_works_without_nodes_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller = Controller(Cluster(may_list_nodes=False), "default")
+    asyncio.run(controller.wait_for_crd())
+    assert set(WATCHED) - set(controller.watched) == {"Node"}
+    (record,) = caplog.records
+    assert "may not list nodes" in record.message and "resilientllm-operator-nodes" in record.message
+
+
+def test_a_node_wakes_the_objects_with_pods_there_and_a_heartbeat_wakes_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controller = Controller(Cluster(may_list_nodes=True), None)
+    woken: list[tuple[str, str]] = []
+    monkeypatch.setattr(controller, "_object_changed", woken.append)
+
+    def node(version: int, name: str, heartbeat: str = "2026-11-21T12:00:00Z", **spec: Any) -> dict[str, Any]:
+        condition = {"type": "Ready", "status": "True", "lastHeartbeatTime": heartbeat}
+        metadata = {"name": name, "resourceVersion": str(version)}
+        return {"metadata": metadata, "spec": spec, "status": {"conditions": [condition]}}
+
+    def pod(name: str, on: str) -> dict[str, Any]:
+        labels = {"resilientllm.dev/name": name}
+        metadata = {"namespace": "n", "name": f"{name}-0", "resourceVersion": "1", "labels": labels}
+        return {"metadata": metadata, "spec": {"nodeName": on}}
+
+    controller.seen("Node", "ADDED", node(1, "node-1"))
+    for name, on in (("here", "node-1"), ("there", "node-2")):
+        controller.seen("Pod", "ADDED", pod(name, on))
+    woken.clear()
+    controller.seen("Node", "MODIFIED", node(2, "node-1", heartbeat="2026-11-21T12:00:10Z"))
+    assert woken == []
+    controller.seen("Node", "MODIFIED", node(3, "node-1", unschedulable=True))
+    assert woken == [("n", "here")]
+    controller.seen("Node", "DELETED", node(4, "node-1"))
+    assert woken == [("n", "here")] * 2
