@@ -13,6 +13,7 @@ from resilientllm_api.engine_state import EnginePhase, EngineState
 from resilientllm_api.plan import StageId
 from resilientllm_operator.actions import Announce
 from resilientllm_operator.conditions import conditions
+from resilientllm_operator.failure_domains import ranked_donors
 from resilientllm_operator.instances import instance_statuses
 from resilientllm_operator.replication import LAG_LIMIT_SECONDS, LAG_MENDED_SECONDS, lag_to_show, replication_healthy
 from resilientllm_operator.world import World
@@ -124,7 +125,7 @@ class TestOneEngine:
         """Of what the engine says of its copies, none reaches Ready, Available, Degraded or Progressing."""
 
         def others(world: World) -> list[Condition]:
-            found = conditions(world, instance_statuses(world, NOW), [], NOW)
+            found = conditions(world, instance_statuses(world, ranked_donors(world), NOW), [], NOW)
             return [each for each in found if each.type != "ReplicationHealthy"]
 
         without = state.model_copy(update={"replication": HEALTHY.replication})

@@ -25,6 +25,8 @@ PLURAL = "resilientllms"
 SINGULAR = "resilientllm"
 SHORT_NAME = "rllm"
 
+HOSTNAME = "kubernetes.io/hostname"
+"""The label that has another value on each node."""
 NAME_MAX_LENGTH = 40
 """Leaves room for ``-<instance>-s<stage>-<suffix>`` in the 63 characters of a pod's host name."""
 MAX_INSTANCES = 16
@@ -186,8 +188,10 @@ class Replication(CrdModel):
     full capacity. Less: the heads of contexts are kept first, and the engine of a guest limits itself to what the donor
     can hold. Never less than one request of the greatest length needs. A change replaces the pods, one instance at a
     time."""
-    topology_key: Annotated[str, Field(min_length=1, max_length=253)] = "kubernetes.io/hostname"
-    """The node label that names a failure domain: two copies of the same stage are never in the same one."""
+    topology_key: Annotated[str, Field(min_length=1, max_length=253)] = HOSTNAME
+    """The node label that names a failure domain. Two copies of the same stage are never on one node, and as far as
+    there are enough domains in different ones. Every stage is paired with a copy of itself in another domain, which
+    keeps its KV blocks and stands in for it first; if none is free, the condition ReplicationHealthy says so."""
 
 
 class RecoveryPolicy(CrdModel):
@@ -314,6 +318,9 @@ class StageStatus(CrdModel):
     node: str | None = None
     ready: bool = False
     """The pod has loaded its weights."""
+    pair: Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}$")] | None = None
+    """The stage that is to keep copies of its KV blocks, and to stand in for it first, as instance.stage: in another
+    failure domain, if one is free. Remembered here, so that pairs change only for a reason."""
     served_by: str | None = None
     """The stage that does the work now, as instance.stage: the own one, or a donor."""
     kept_by: str | None = None

@@ -35,6 +35,12 @@ class StageId(Frozen):
     def __str__(self) -> str:
         return f"{self.instance}.{self.stage}"
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From what ``str`` makes of it. Raises ValueError for anything else."""
+        instance, _, stage = text.partition(".")
+        return cls(instance=int(instance), stage=int(stage))
+
 
 class StageRef(Frozen):
     """A stage and where it listens (one port for engines' commands and other stages' links)."""

@@ -22,6 +22,7 @@ from resilientllm_operator.actions import (
 )
 from resilientllm_operator.announcements import announcements
 from resilientllm_operator.conditions import conditions
+from resilientllm_operator.failure_domains import ranked_donors
 from resilientllm_operator.instances import KEEPS_VERIFICATION, incarnation, instance_statuses
 from resilientllm_operator.names import common_labels, token_secret_name
 from resilientllm_operator.pods import owner_references, served_name
@@ -34,15 +35,16 @@ def decide(world: World, now: datetime) -> list[Action]:
     """What to do, in order. An action that fails ends the round: a later one may rely on it."""
     if world.object.deleting:
         return []  # The garbage collector deletes what the object owns; making more would be a race with it.
-    instances = instance_statuses(world, now)
+    donors = ranked_donors(world)
+    instances = instance_statuses(world, donors, now)
     hold = capacity.hold_of(world, now)
-    plan, plans = planning.desired_plans(world)
+    plan, plans = planning.desired_plans(world, donors)
     status = _status(world, instances, hold, plan, now)
     serving = {instance.instance for instance in instances if instance.serving}
     return [
         *_routes(world, instances),
         *_record(world, status),
-        # After the record: a version must never name two plans, so it is written down before it is used.
+        # After the record: a version must never name two plans, so it is written down before it is used. So are pairs.
         *planning.publications(world, plans),
         *_verifications(world),
         *_token(world),

@@ -6,6 +6,8 @@ from datetime import datetime
 
 from resilientllm_api.crd import InstancePhase, InstanceStatus, StageStatus
 from resilientllm_api.engine_state import EnginePhase, EngineState
+from resilientllm_api.pairing import Donors
+from resilientllm_api.plan import StageId
 
 from resilientllm_operator.names import Role, Slot
 from resilientllm_operator.replication import lag_to_show
@@ -31,17 +33,17 @@ def incarnation(pod: PodView, state: EngineState) -> str:
     return f"{pod.uid}/{pod.restarts}/{state.term}"
 
 
-def instance_statuses(world: World, now: datetime) -> tuple[InstanceStatus, ...]:
-    return tuple(_instance(world, instance, now) for instance in range(world.object.spec.instances))
+def instance_statuses(world: World, donors: Donors, now: datetime) -> tuple[InstanceStatus, ...]:
+    return tuple(_instance(world, instance, donors, now) for instance in range(world.object.spec.instances))
 
 
-def _instance(world: World, instance: int, now: datetime) -> InstanceStatus:
+def _instance(world: World, instance: int, donors: Donors, now: datetime) -> InstanceStatus:
     before = next((old for old in world.object.status.instances if old.instance == instance), None)
     pod = world.engine_pod(instance)
     view = world.engine(pod)
     if view.contact is Contact.UNKNOWN and before is not None and pod is not None and before.engine == pod.name:
         # A new operator that has not heard of the engine yet must not take it out of service.
-        return before.model_copy(update={"stages": _stages(world, instance, None, before)})
+        return before.model_copy(update={"stages": _stages(world, instance, None, before, donors)})
 
     state = view.state if view.contact is Contact.ANSWERS else None
     served_at = before.first_served_at if before else None
@@ -51,7 +53,7 @@ def _instance(world: World, instance: int, now: datetime) -> InstanceStatus:
         message=(state.message or None) if state else None,
         engine=pod.name if pod else None,
         node=pod.node if pod else None,
-        stages=_stages(world, instance, state, before),
+        stages=_stages(world, instance, state, before, donors),
         first_served_at=served_at,
     )
     if pod is None or state is None:
@@ -79,7 +81,7 @@ def _phase(pod: PodView | None, view: EngineView, state: EngineState | None, *, 
 
 
 def _stages(
-    world: World, instance: int, state: EngineState | None, before: InstanceStatus | None
+    world: World, instance: int, state: EngineState | None, before: InstanceStatus | None, donors: Donors
 ) -> tuple[StageStatus, ...]:
     served_by: dict[int, str | None]
     kept_by: dict[int, str | None]
@@ -97,12 +99,14 @@ def _stages(
     result = []
     for stage in range(world.object.spec.stages):
         pod = world.current(Slot(instance, Role.STAGE, stage))
+        pair = next(iter(donors[StageId(instance=instance, stage=stage)]), None)
         result.append(
             StageStatus(
                 stage=stage,
                 pod=pod.name if pod else None,
                 node=pod.node if pod else None,
                 ready=bool(pod and pod.ready),
+                pair=str(pair) if pair else None,
                 served_by=served_by.get(stage),
                 kept_by=kept_by.get(stage),
                 lag_seconds=lag_seconds.get(stage),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from resilientllm_api.crd import PlanStatus, RecoveryPolicy
 from resilientllm_api.durations import parse_seconds
-from resilientllm_api.pairing import make_plans
+from resilientllm_api.pairing import Donors, make_plans
 from resilientllm_api.plan import Limits, Plan, StageId
 from resilientllm_api.ports import STAGE_PORT
 
@@ -40,7 +40,7 @@ def stage_addresses(world: World) -> dict[StageId, str]:
     return addresses
 
 
-def desired_plans(world: World) -> tuple[PlanStatus | None, Mapping[int, Plan]]:
+def desired_plans(world: World, donors: Donors) -> tuple[PlanStatus | None, Mapping[int, Plan]]:
     """The plans, and the version that names them; the old version as long as nothing in them has changed.
 
     The version is raised above everything that any engine reports, so that engines listen even to an operator
@@ -51,7 +51,7 @@ def desired_plans(world: World) -> tuple[PlanStatus | None, Mapping[int, Plan]]:
     def plans_of(version: int) -> dict[int, Plan]:
         name = f"{obj.namespace}/{obj.name}"
         limits, replication = limits_of(obj.spec.recovery), obj.spec.replication.mode
-        return make_plans(name, version, obj.spec.instances, obj.spec.stages, addresses, limits, replication)
+        return make_plans(name, version, obj.spec.instances, obj.spec.stages, addresses, limits, replication, donors)
 
     unversioned = plans_of(1)
     if not unversioned:

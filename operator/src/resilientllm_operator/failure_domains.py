@@ -1,0 +1,45 @@
+"""Where stages run, and whom they are paired with because of that. Pure.
+
+The pairs of before are in the status, and it is written before a plan is published: the next operator goes on with the
+same pairs, whatever was the best pairing at first.
+"""
+
+from __future__ import annotations
+
+from resilientllm_api.crd import HOSTNAME
+from resilientllm_api.pairing import NOWHERE, Donors, Location, donors_of
+from resilientllm_api.plan import StageId
+
+from resilientllm_operator.names import Role, Slot
+from resilientllm_operator.world import World
+
+
+def ranked_donors(world: World) -> Donors:
+    """For every stage those that may stand in for it, its pair first."""
+    spec = world.object.spec
+    stages = [StageId(instance=i, stage=k) for i in range(spec.instances) for k in range(spec.stages)]
+    locations = {stage: location_of(world, stage) for stage in stages}
+    return donors_of(spec.instances, spec.stages, locations, _remembered(world))
+
+
+def location_of(world: World, stage: StageId) -> Location:
+    """A node without the label is a failure domain of its own, as nothing is known to be lost together with it.
+
+    Of a node that cannot be seen only the name is known.
+    """
+    pod = world.current(Slot(stage.instance, Role.STAGE, stage.stage))
+    if pod is None or pod.node is None:
+        return NOWHERE
+    key, node = world.object.spec.replication.topology_key, world.nodes.get(pod.node)
+    if key == HOSTNAME:
+        return Location(domain=pod.node, host=pod.node)
+    return Location(domain=node.labels.get(key, pod.node) if node else None, host=pod.node)
+
+
+def _remembered(world: World) -> dict[StageId, StageId]:
+    return {
+        StageId(instance=instance.instance, stage=stage.stage): StageId.parse(stage.pair)
+        for instance in world.object.status.instances
+        for stage in instance.stages
+        if stage.pair is not None
+    }
