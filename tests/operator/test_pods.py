@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from resilientllm_api.crd import HOSTNAME
 from resilientllm_operator.names import MANAGER, Slot, pod_name, slot_of, slots
 from resilientllm_operator.pods import build_pod, spec_hash
 
@@ -100,14 +101,45 @@ def test_a_downloaded_model_is_not_offline() -> None:
     assert "HF_HUB_OFFLINE" not in names
 
 
-def test_copies_of_a_stage_must_be_apart_and_stages_of_an_instance_should() -> None:
-    rules = build_pod(obj(spec=spec(replication={"topologyKey": "rack"})), stage(1, 0))["spec"]["affinity"]
-    (must,) = rules["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    (should,) = rules["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
-    assert must["topologyKey"] == "rack"
-    assert must["labelSelector"]["matchLabels"]["resilientllm.dev/stage"] == "0"
-    assert "resilientllm.dev/instance" not in must["labelSelector"]["matchLabels"]
-    assert should["podAffinityTerm"]["labelSelector"]["matchLabels"]["resilientllm.dev/instance"] == "1"
+Rule = tuple[str, int, str, str]
+"""Topology key, weight, and the labels of stage and instance of the pods to be apart from; a star for any."""
+
+
+def rules(slot: Slot, topology_key: str) -> tuple[list[Rule], list[Rule]]:
+    """The anti-affinities that are required (of weight 0) and those that are preferred."""
+
+    def rule(term: dict[str, Any], weight: int = 0) -> Rule:
+        labels = term["labelSelector"]["matchLabels"]
+        return (
+            term["topologyKey"],
+            weight,
+            *(labels.get(f"resilientllm.dev/{key}", "*") for key in ("stage", "instance")),
+        )
+
+    affinity = build_pod(obj(spec=spec(replication={"topologyKey": topology_key})), slot)["spec"]["affinity"]
+    found = affinity["podAntiAffinity"]
+    return (
+        [rule(each) for each in found.get("requiredDuringSchedulingIgnoredDuringExecution", [])],
+        [
+            rule(each["podAffinityTerm"], each["weight"])
+            for each in found["preferredDuringSchedulingIgnoredDuringExecution"]
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("slot", "topology_key", "required", "preferred"),
+    [
+        (stage(1, 0), HOSTNAME, [(HOSTNAME, 0, "0", "*")], [(HOSTNAME, 100, "*", "1")]),
+        (stage(1, 0), "zone", [(HOSTNAME, 0, "0", "*")], [("zone", 100, "0", "*"), (HOSTNAME, 1, "*", "1")]),
+        (engine(1), HOSTNAME, [], [(HOSTNAME, 100, "*", "*")]),
+        (engine(1), "zone", [], [("zone", 100, "*", "*")]),
+    ],
+    ids=str,
+)
+def test_where_pods_may_run(slot: Slot, topology_key: str, required: list[Rule], preferred: list[Rule]) -> None:
+    """Copies of a stage must be on other nodes and should be in other domains, siblings should be on other nodes."""
+    assert rules(slot, topology_key) == (required, preferred)
 
 
 def test_engines_may_share_a_node() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from resilientllm_api.crd import API_VERSION, KIND, EnvVar, PodTemplate, ResilientLLMSpec
+from resilientllm_api.crd import API_VERSION, HOSTNAME, KIND, EnvVar, PodTemplate, ResilientLLMSpec
 from resilientllm_api.ports import (
     ENGINE_API_PORT,
     ENGINE_CONTROL_PORT,
@@ -40,6 +40,10 @@ STATE_FOLDER = "/var/run/resilientllm"
 NODE_LOSS_TOLERATION_SECONDS = 30
 """How long a pod stays bound to a node that does not answer. Donors serve meanwhile, so there is no hurry to
 load weights elsewhere because of a short break; Kubernetes' own five minutes would be capacity lost for nothing."""
+
+_SIBLINGS_WEIGHT = 1
+"""Of the wish that the stages of one instance be apart, where that for other failure domains counts 100. The scheduler
+adds the weight for every pod that is in the way, and an instance has up to 63 other stages."""
 
 _WRITABLE = "/scratch"
 """Not /tmp: a volume there would hide what an image, or a development machine's mounts, have below it."""
@@ -265,19 +269,26 @@ def _http_probe(port: int, path: str, *, period: int, failures: int) -> Manifest
 
 
 def _anti_affinity(obj: ObjectView, slot: Slot) -> Manifest:
-    """The copies of a stage never share a failure domain, or one loss would take stage and donor together.
+    """The copies of a stage never share a node, or one loss would take stage and donor together.
 
-    The stages of one instance, and the engines, only prefer to be apart: few nodes must not mean no service.
+    All else is preferred, because few nodes must not mean no service: other failure domains for the copies of a stage,
+    so that three instances run in two zones (pairs are then chosen across them); nodes apart for the stages of one
+    instance, and for engines.
     """
     domain = obj.spec.replication.topology_key
     ours = {NAME_LABEL: obj.name, ROLE_LABEL: str(slot.role)}
     if slot.stage is None:
         return {"preferredDuringSchedulingIgnoredDuringExecution": [_prefer(domain, ours)]}
+    copies = ours | {STAGE_LABEL: str(slot.stage)}
+    siblings = ours | {INSTANCE_LABEL: str(slot.instance)}
+    # With hostname the same as ever: another rule would be another pod, and every pod be replaced for it.
     return {
-        "requiredDuringSchedulingIgnoredDuringExecution": [_term(domain, ours | {STAGE_LABEL: str(slot.stage)})],
-        "preferredDuringSchedulingIgnoredDuringExecution": [
-            _prefer(domain, ours | {INSTANCE_LABEL: str(slot.instance)})
-        ],
+        "requiredDuringSchedulingIgnoredDuringExecution": [_term(HOSTNAME, copies)],
+        "preferredDuringSchedulingIgnoredDuringExecution": (
+            [_prefer(HOSTNAME, siblings)]
+            if domain == HOSTNAME
+            else [_prefer(domain, copies), _prefer(HOSTNAME, siblings, weight=_SIBLINGS_WEIGHT)]
+        ),
     }
 
 
@@ -285,5 +296,5 @@ def _term(domain: str, labels: dict[str, str]) -> Manifest:
     return {"topologyKey": domain, "labelSelector": {"matchLabels": labels}}
 
 
-def _prefer(domain: str, labels: dict[str, str]) -> Manifest:
-    return {"weight": 100, "podAffinityTerm": _term(domain, labels)}
+def _prefer(domain: str, labels: dict[str, str], weight: int = 100) -> Manifest:
+    return {"weight": weight, "podAffinityTerm": _term(domain, labels)}
