@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 from resilientllm_api.crd import HOSTNAME
 from resilientllm_api.plan import StageId
-from resilientllm_operator.actions import PublishPlan, WriteStatus
+from resilientllm_operator.actions import Announce, PublishPlan, WriteStatus
 from resilientllm_operator.failure_domains import location_of
 from resilientllm_operator.world import NodeView, World
 
 from tests.operator.builders import (
+    condition,
     decided,
+    engine_state,
     healthy_world,
+    keeping,
     new_world,
     of_type,
     settled,
     stage,
     status_of,
+    with_engine,
     with_pod,
     with_pods,
     without_pod,
@@ -118,6 +122,44 @@ def test_a_deleted_node_moves_no_pair() -> None:
     assert pairs(replace(world, nodes={name: each for name, each in world.nodes.items() if name != "node-2-0"})) == (
         pairs(world)
     )
+
+
+class TestTheCondition:
+    def test_is_true_and_says_which_pairs_share_a_zone(self) -> None:
+        status, reason, message = condition(zoned("aab"), "ReplicationHealthy")
+        assert (status, reason) == ("True", "SharedFailureDomain")
+        assert "0.0 and 1.0 (a), 0.1 and 1.1 (a)." in message
+        assert ZONE in message
+
+    def test_names_two_that_keep_for_each_other_once_and_does_not_list_them_all(self) -> None:
+        two = settled(in_zones(healthy_world(instances=2, stages=5, **BY_ZONE), "aa"))
+        _, _, message = condition(two, "ReplicationHealthy")
+        assert "0.0 and 1.0 (a), 0.1 and 1.1 (a), 0.2 and 1.2 (a) and 2 more." in message
+
+    def test_has_nothing_to_say_where_every_pair_is_apart(self) -> None:
+        assert condition(zoned("abba"), "ReplicationHealthy")[1] == "Replicating"
+
+    def test_has_nothing_to_say_of_hosts(self) -> None:
+        assert condition(in_zones(healthy_world(), "aa"), "ReplicationHealthy")[1] == "Replicating"
+
+    def test_says_that_nodes_cannot_be_seen(self) -> None:
+        status, reason, message = condition(healthy_world(**BY_ZONE), "ReplicationHealthy")
+        assert (status, reason) == ("True", "Replicating")
+        assert "bind the ClusterRole resilientllm-operator-nodes" in message
+
+    def test_puts_copies_that_are_missing_first(self) -> None:
+        without_copies = engine_state(0).model_copy(
+            update={"replication": (keeping(0, 0, kept_by=None), keeping(0, 1))}
+        )
+        assert condition(with_engine(zoned("aa"), 0, without_copies), "ReplicationHealthy")[1] == "NotReplicating"
+
+    def test_an_event_tells_of_it_once_and_again_when_it_is_over(self) -> None:
+        apart, together = zoned("ab"), settled(in_zones(zoned("ab"), "aa"))
+        (risk,) = of_type(decided(in_zones(apart, "aa")), Announce)
+        assert (risk.reason, risk.warning) == ("SharedFailureDomain", True)
+        assert of_type(decided(together), Announce) == []
+        (relief,) = of_type(decided(in_zones(together, "ab")), Announce)
+        assert (relief.reason, relief.warning) == ("ReplicationHealthy", False)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ class Reason(StrEnum):
     # Of ReplicationHealthy.
     REPLICATING = "Replicating"
     """KV blocks of every place are kept by a second stage, and the copies keep up."""
+    SHARED_FAILURE_DOMAIN = "SharedFailureDomain"
+    """Copies are kept and keep up, but a stage and its pair are in one failure domain, because no other was free."""
     NO_KEEPER = "NoKeeper"
     """Fewer than two stages with the same weights live, so nobody can keep copies of their KV blocks."""
     NOT_REPLICATING = "NotReplicating"

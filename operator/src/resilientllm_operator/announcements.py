@@ -86,9 +86,12 @@ def _troubles(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator
 def _replication(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
     now = _condition(after, ConditionType.REPLICATION_HEALTHY)
     then = _condition(before, ConditionType.REPLICATION_HEALTHY)
-    if now is None or (then is not None and then.status == now.status):
+    risky = Reason.SHARED_FAILURE_DOMAIN
+    if now is None or (then is not None and (then.status, then.reason == risky) == (now.status, now.reason == risky)):
         return
-    if now.status is ConditionStatus.TRUE:
+    if now.reason == risky:
+        yield Announce(risky, now.message, warning=True)
+    elif now.status is ConditionStatus.TRUE:
         yield Announce(EventReason.REPLICATION_HEALTHY, now.message)
     elif now.status is ConditionStatus.FALSE and now.reason != Reason.DISABLED:
         # Who switched it off need not be warned of it.

@@ -39,7 +39,7 @@ def conditions(
         _available(instances, troubles),
         _degraded(instances, troubles),
         _progressing(world, instances, troubles),
-        replication_healthy(world),
+        replication_healthy(world, instances),
     )
     return tuple(_condition(world, verdict, now) for verdict in verdicts)
 

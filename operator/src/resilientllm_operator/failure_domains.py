@@ -6,7 +6,9 @@ same pairs, whatever was the best pairing at first.
 
 from __future__ import annotations
 
-from resilientllm_api.crd import HOSTNAME
+from collections.abc import Iterable, Iterator
+
+from resilientllm_api.crd import HOSTNAME, InstanceStatus
 from resilientllm_api.pairing import NOWHERE, Donors, Location, donors_of
 from resilientllm_api.plan import StageId
 
@@ -19,7 +21,7 @@ def ranked_donors(world: World) -> Donors:
     spec = world.object.spec
     stages = [StageId(instance=i, stage=k) for i in range(spec.instances) for k in range(spec.stages)]
     locations = {stage: location_of(world, stage) for stage in stages}
-    return donors_of(spec.instances, spec.stages, locations, _remembered(world))
+    return donors_of(spec.instances, spec.stages, locations, pairs_in(world.object.status.instances))
 
 
 def location_of(world: World, stage: StageId) -> Location:
@@ -36,10 +38,20 @@ def location_of(world: World, stage: StageId) -> Location:
     return Location(domain=node.labels.get(key, pod.node) if node else None, host=pod.node)
 
 
-def _remembered(world: World) -> dict[StageId, StageId]:
+def shared_domains(world: World, instances: Iterable[InstanceStatus]) -> Iterator[tuple[str, StageId, StageId]]:
+    """A failure domain, a stage, and its pair in the same domain. Two that are each other's pair come once."""
+    told: set[frozenset[StageId]] = set()
+    for stage, pair in pairs_in(instances).items():
+        domain = location_of(world, stage).domain
+        if domain is not None and domain == location_of(world, pair).domain and {stage, pair} not in told:
+            told.add(frozenset({stage, pair}))
+            yield domain, stage, pair
+
+
+def pairs_in(instances: Iterable[InstanceStatus]) -> dict[StageId, StageId]:
     return {
         StageId(instance=instance.instance, stage=stage.stage): StageId.parse(stage.pair)
-        for instance in world.object.status.instances
+        for instance in instances
         for stage in instance.stages
         if stage.pair is not None
     }

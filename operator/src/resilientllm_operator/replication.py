@@ -10,13 +10,14 @@ Messages have no figures that change by themselves: the status is written whenev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from resilientllm_api.crd import ConditionStatus, ConditionType
+from resilientllm_api.crd import HOSTNAME, ConditionStatus, ConditionType, InstanceStatus
 from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState, StageServing
 from resilientllm_api.plan import ReplicationMode, StageId
 from resilientllm_api.reasons import Reason
 
+from resilientllm_operator.failure_domains import shared_domains
 from resilientllm_operator.names import Role, Slot
 from resilientllm_operator.trouble import Trouble
 from resilientllm_operator.verdict import Verdict
@@ -33,7 +34,7 @@ _SERVES = {EnginePhase.SERVING, EnginePhase.DEGRADED}
 _MOST_MESSAGES = 3
 
 
-def replication_healthy(world: World) -> Verdict:
+def replication_healthy(world: World, instances: Sequence[InstanceStatus]) -> Verdict:
     spec = world.object.spec
     if spec.replication.mode is ReplicationMode.NONE:
         return _verdict(
@@ -53,9 +54,7 @@ def replication_healthy(world: World) -> Verdict:
         return before
     found = [finding for instance in range(spec.instances) for finding in _instance(world, instance)]
     if not found:
-        return _verdict(
-            True, Reason.REPLICATING, "KV blocks of every place are kept by another stage, and the copies keep up."
-        )
+        return _kept(world, instances)
     worst = min((finding.reason for finding in found), key=_WORST_FIRST.index)
     messages = list(dict.fromkeys(finding.message for finding in found if finding.reason is worst))
     more = f" (and {len(messages) - _MOST_MESSAGES} more)" if len(messages) > _MOST_MESSAGES else ""
@@ -69,6 +68,32 @@ def lag_to_show(lag_seconds: float) -> int:
 
 def _verdict(status: bool | None, reason: Reason, message: str) -> Verdict:
     return Verdict(ConditionType.REPLICATION_HEALTHY, status, reason, message)
+
+
+def _kept(world: World, instances: Sequence[InstanceStatus]) -> Verdict:
+    """All is well now; but is it with the loss of a whole failure domain, too?
+
+    True all the same, because the copies are there, and the next loss of a single node costs nothing.
+    """
+    kept = "KV blocks of every place are kept by another stage, and the copies keep up."
+    key = world.object.spec.replication.topology_key
+    shared = [f"{stage} and {pair} ({domain})" for domain, stage, pair in shared_domains(world, instances)]
+    if shared:
+        more = f" and {len(shared) - _MOST_MESSAGES} more" if len(shared) > _MOST_MESSAGES else ""
+        return _verdict(
+            True,
+            Reason.SHARED_FAILURE_DOMAIN,
+            f"{kept} But these stages and their pairs are in one failure domain (by the node label {key}), because no "
+            f"other was free: {', '.join(shared[:_MOST_MESSAGES])}{more}. What takes the whole domain takes the copies "
+            "with it. All pairs are apart where no domain has more than half of the copies of a stage: add nodes in "
+            "others, then delete a pod of one of these stages.",
+        )
+    if key != HOSTNAME and not world.nodes:
+        unseen = "may not list nodes: bind the ClusterRole resilientllm-operator-nodes."
+        return _verdict(
+            True, Reason.REPLICATING, f"{kept} Whether in another {key} is not known, as the operator {unseen}"
+        )
+    return _verdict(True, Reason.REPLICATING, kept)
 
 
 def _before_an_engine_was_heard(world: World) -> Verdict | None:
