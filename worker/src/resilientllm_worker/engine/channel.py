@@ -29,6 +29,7 @@ from resilientllm_worker.protocol.messages import (
     Message,
     ReplicationReport,
     StageFailing,
+    StageLeaving,
     StageWelcome,
     StepFailed,
     StepResult,
@@ -98,7 +99,15 @@ class StepRefused:
     at: float
 
 
-Event = Connected | Misfit | Lost | LinkReported | StepRefused
+@dataclass(frozen=True)
+class Leaving:
+    """The stage works, and is about to end."""
+
+    channel: Channel
+    seconds: float
+
+
+Event = Connected | Misfit | Lost | LinkReported | StepRefused | Leaving
 
 
 class Channel:
@@ -122,6 +131,8 @@ class Channel:
         """Why a stage that answers cannot be used, for people."""
         self.replication: ReplicationReport | None = None
         """How its copying goes, as of its last heartbeat."""
+        self.ends_at: float | None = None
+        """Monotonic seconds: it has said that it is about to end, then at the latest."""
         self._instance = instance
         self._digest = digest
         self._token = token
@@ -232,6 +243,7 @@ class Channel:
             was_connected, self._connection = self._connection is not None, None
             self.has_kv = False
             self.replication = None
+            self.ends_at = None
             with self._lock:
                 calls = list(self._calls)
             for number in calls:
@@ -283,6 +295,9 @@ class Channel:
                     self._on_event(LinkReported(self, message, time.monotonic()))
                 case StepFailed():
                     self._on_event(StepRefused(self, message, time.monotonic()))
+                case StageLeaving():
+                    self.ends_at = self._heard + message.seconds
+                    self._on_event(Leaving(self, message.seconds))
                 case StageFailing():
                     self._loss = (LossReason.SELF, message.reason)
                     return message.reason

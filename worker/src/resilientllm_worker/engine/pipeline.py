@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from resilientllm_api.engine_state import EngineState, LossReason
+from resilientllm_api.engine_state import EngineState, LossReason, RecoveryKind
 from resilientllm_api.plan import Plan, ReplicationMode, StageId, StageRef
 
 from resilientllm_worker.engine.bars import Bars
@@ -27,6 +27,7 @@ from resilientllm_worker.engine.channel import (
     Channel,
     Connected,
     Event,
+    Leaving,
     LinkReported,
     Lost,
     Misfit,
@@ -70,6 +71,8 @@ CAUGHT_UP_SECONDS = 0.25
 FEW_BLOCKS = 32
 CATCH_UP_SECONDS = 60.0
 """After so long it takes its place as it is: a donor that serves two tenants is the worse evil."""
+MOVE_SECONDS = 8.0
+"""A stage that is about to end is left so long before, whoever has caught up."""
 LINK_GRACE_SECONDS = 0.02
 """A dead stage resets its links and its command channel; wait so long for the second before blaming the link."""
 
@@ -149,10 +152,11 @@ class Pipeline:
         """Where each serving stage was last told to replicate to, on the connection at hand."""
         self._next_tick = time.monotonic()
         self._bars = Bars()
-        self._borrowed: set[Channel] = set()
-        """Donors that may keep a place for us: they were asked to stitch, and not released since."""
+        self._asked: set[Channel] = set()
+        """Stages that may keep a place for us: they were asked to stitch, and not released since."""
         self._allocation: tuple[str, int, dict[int, list[list[str]]]] | None = None
         self._suspects: list[tuple[float, LinkReported]] = []
+        self._leaving_since: dict[StageId, float] = {}
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
         self._thread.start()
 
@@ -389,6 +393,9 @@ class Pipeline:
             case Lost():
                 logger.warning("stage %s is lost: %s (%s)", event.channel.id, event.reason, event.detail)
                 self._settle_topology(event.channel.id, event.reason, event.at)
+            case Leaving():
+                logger.info("stage %s is to end, within %.1f s", event.channel.id, event.seconds)
+                self._settle_topology(None, None, time.monotonic())
             case LinkReported():
                 if event.report.stamp == self._stamp:
                     self._suspects.append((event.at + LINK_GRACE_SECONDS, event))
@@ -498,6 +505,8 @@ class Pipeline:
 
     def _settle_topology(self, cause: StageId | None, reason: LossReason | None, at: float) -> None:
         """Bring the pipeline to what `assign` wants; again if a stage fails meanwhile."""
+        if cause not in self._assignment:
+            reason = None  # whatever else is to be done is not because of it
         while self._opened and self._plan is not None:
             now = time.monotonic()
             seen = self._seen()
@@ -516,21 +525,35 @@ class Pipeline:
         self._direct_replication()
 
     def _seen(self) -> dict[StageId, Sight]:
+        leaving = {name for name, channel in self._channels.items() if channel.ends_at is not None}
+        if self._plan is not None:
+            leaving.update(self._plan.leaving)
+        now = time.monotonic()
+        self._leaving_since = {name: self._leaving_since.get(name, now) for name in leaving}
         return {
-            name: Sight(channel.connected, channel.has_kv, self._bars.until(name), self._has_caught_up(channel))
+            name: Sight(
+                channel.connected,
+                channel.has_kv,
+                self._bars.until(name),
+                self._has_caught_up(channel, now),
+                leaving=channel.ends_at is not None,
+            )
             for name, channel in self._channels.items()
         }
 
-    def _has_caught_up(self, channel: Channel) -> bool:
-        """Whether a stage that a donor serves for could take its place back with next to nothing to compute."""
-        if self._plan is None or not self._stitched or channel.id.instance != self._instance or not channel.usable:
+    def _has_caught_up(self, channel: Channel, now: float) -> bool:
+        """Whether a stage could take the place of the one that serves there with next to nothing to compute."""
+        if self._plan is None or not self._stitched or not channel.usable:
             return True
-        donor = self._serving[channel.id.stage]
-        if donor is channel or self._replication_obstacle or self._plan.replication is ReplicationMode.NONE:
+        server = self._serving[channel.id.stage]
+        if server is channel or self._replication_obstacle or self._plan.replication is ReplicationMode.NONE:
             return True
-        if time.monotonic() - channel.usable_since > CATCH_UP_SECONDS:
+        patience_ends = max(channel.usable_since, self._leaving_since.get(server.id, 0.0)) + CATCH_UP_SECONDS
+        if server.ends_at is not None:
+            patience_ends = min(patience_ends, server.ends_at - MOVE_SECONDS)
+        if now > patience_ends:
             return True
-        report = donor.replication
+        report = server.replication
         return (
             report is not None
             and report.connected
@@ -587,8 +610,20 @@ class Pipeline:
             for place, (old, new) in enumerate(zip(self._assignment or wanted, wanted, strict=True))
             if old != new or (reason is not None and new == cause)
         }
-        comes_home = all((stage := wanted[place]) is not None and stage.instance == self._instance for place in changed)
-        self._recoveries.begin(changed, comes_home, reason, at)
+        self._recoveries.begin(changed, self._kind(changed, wanted, reason), reason, at)
+
+    def _kind(self, changed: set[int], wanted: Assignment, reason: LossReason | None) -> RecoveryKind:
+        if reason is not None or self._plan is None:
+            return RecoveryKind.BORROW
+        if all((stage := wanted[place]) is not None and stage.instance == self._instance for place in changed):
+            return RecoveryKind.SWAP_BACK
+        before = [self._assignment[place] for place in changed]
+        still_work = all(
+            stage in self._channels and self._channels[stage].usable and stage not in self._plan.lost
+            for stage in before
+            if stage is not None
+        )
+        return RecoveryKind.MOVE if still_work and None not in before else RecoveryKind.BORROW
 
     def _suspend(self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float) -> None:
         """No stage can take a place: fence what is left, and wait."""
@@ -598,7 +633,7 @@ class Pipeline:
         stamp, before = self._begin(wanted, cause, reason, at)
         for channel in before:
             channel.send(Fence(stamp))
-        self._release(stamp, keep=())
+        self._release(stamp, {channel for channel in self._asked if channel.id.instance != self._instance})
         with self._changed:
             self._assignment = wanted
             self._serving = ()
@@ -610,11 +645,11 @@ class Pipeline:
         for channel in {*before, *channels}:
             channel.send(Fence(stamp))
         fenced = time.monotonic()
-        self._borrowed.update(channel for channel in channels if channel.id.instance != self._instance)
+        self._asked.update(channels)
         if (refused := self._call_stitch(stamp, channels)) is not None:
             self._bars.add(refused, time.monotonic())
             return False
-        self._release(stamp, keep=channels)
+        self._release(stamp, self._asked.difference(channels))
         stitched = time.monotonic()
         with self._changed:
             waited = not is_complete(self._assignment) and bool(self._assignment)
@@ -629,11 +664,11 @@ class Pipeline:
         logger.info("stitched %s at epoch %d", " → ".join(str(channel.id) for channel in channels), stamp.epoch)
         return True
 
-    def _release(self, stamp: Stamp, keep: tuple[Channel, ...]) -> None:
-        """Give back the places that donors keep for us, those of attempts that failed included."""
-        for channel in self._borrowed.difference(keep):
+    def _release(self, stamp: Stamp, channels: set[Channel]) -> None:
+        """Give back the places that these keep for us, also if that was for an attempt that failed."""
+        for channel in channels:
             channel.send(Release(stamp))
-        self._borrowed.intersection_update(keep)
+        self._asked -= channels
 
     def _call_stitch(self, stamp: Stamp, channels: tuple[Channel, ...]) -> StageId | None:
         """Stitch all stages at once. Returns the stage that could not, or None."""

@@ -42,15 +42,18 @@ class Recoveries:
         """The last ten that are over, oldest first."""
         return tuple(self._recent)
 
-    def begin(self, places: set[int], comes_home: bool, reason: LossReason | None, at: float) -> None:
-        """The topology is void. Opens a record, or widens the open one."""
+    def begin(self, places: set[int], kind: RecoveryKind, reason: LossReason | None, at: float) -> None:
+        """The topology is void. Opens a record, or widens the open one, which is a loss if any part of it is."""
         if self._going is not None:
             record = self._going.record
-            self._going.record = record.model_copy(update={"stages": tuple(sorted(places | {*record.stages}))})
+            update: dict[str, object] = {"stages": tuple(sorted(places | {*record.stages}))}
+            if record.reason is None and reason is not None:
+                update |= {"kind": kind, "reason": reason}
+            self._going.record = record.model_copy(update=update)
             return
         record = Recovery(
             id=uuid.uuid4().hex[:12],
-            kind=RecoveryKind.SWAP_BACK if reason is None and comes_home else RecoveryKind.BORROW,
+            kind=kind,
             stages=tuple(sorted(places)),
             reason=reason,
             detected_at=datetime.now(UTC),

@@ -49,6 +49,7 @@ def engine_state(view: View) -> EngineState:
             stage=place,
             served_by=serving.get(place),
             own_connected=view.channels[ref.id].connected,
+            own_leaving=view.channels[ref.id].ends_at is not None,
             donors_connected=sum(view.channels[donor.id].connected for donor in plan.donors[place]),
         )
         for place, ref in enumerate(plan.stages if plan else ())

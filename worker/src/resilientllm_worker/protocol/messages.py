@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Stamp(NamedTuple):
@@ -146,7 +146,8 @@ class Stitched(_Struct):
 
 
 class Release(_Struct):
-    """The instance has left this stage: forget it, free its blocks."""
+    """The instance has left this stage: forget it, free a guest's blocks. A stage that leaves may end, as far as this
+    instance goes."""
 
     stamp: Stamp
 
@@ -176,6 +177,12 @@ class StageFailing(_Struct):
     """The stage met an error that it cannot serve after, and exits."""
 
     reason: str
+
+
+class StageLeaving(_Struct):
+    """The stage was asked to end. It serves on until no instance needs it, but not for longer than it says."""
+
+    seconds: float
 
 
 # --- replication ----------------------------------------------------------------------------------------------
@@ -410,6 +417,7 @@ Message = (
     | LinkLost
     | Heartbeat
     | StageFailing
+    | StageLeaving
     | Step
     | StepResult
     | StepFailed

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from resilientllm_worker.process import add_common_flags, host_and_port, read_token, run_command
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from resilientllm_worker.stage.server import StageServer
 
 PROGRAM = "resilientllm-stage"
+LEAVE_SECONDS = 25.0
+"""Kubernetes kills a process 30 s after SIGTERM unless it is told otherwise, and ending takes a moment."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +74,7 @@ def _run() -> None:
         address=listener.address,
     )
     logger.info("stage %d.%d has its weights and listens on %s", args.instance, args.stage, listener.address)
+    leave_on_sigterm(server, args.leave_timeout)
     try:
         server.run()
     except KeyboardInterrupt:
@@ -84,6 +89,17 @@ def _run() -> None:
     health.close()
     if followers is not None:
         followers.close()
+
+
+def leave_on_sigterm(server: StageServer, timeout_seconds: float) -> None:
+    """From now on SIGTERM ends the stage when no instance needs it any more; a second one, or SIGINT, at once."""
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # The thread that this interrupts may be holding the server's lock.
+        threading.Thread(target=server.leave, args=(timeout_seconds,), name="leave", daemon=True).start()
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _parse() -> argparse.Namespace:
@@ -102,11 +118,20 @@ def _parse() -> argparse.Namespace:
         default=1.0,
         help="KV blocks for guests, as a fraction of the blocks for the stage's own instance (default: %(default)s)",
     )
+    group.add_argument(
+        "--leave-timeout",
+        type=float,
+        default=LEAVE_SECONDS,
+        metavar="SECONDS",
+        help="how long the stage serves on after SIGTERM, if instances still need it (default: %(default)s)",
+    )
     group.add_argument("--take-turns", action="store_true", help=argparse.SUPPRESS)  # to measure what merging is worth
     group.add_argument("--follow", help=argparse.SUPPRESS)  # makes this process another rank of a running stage
     args = parser.parse_args()
     if not 0.0 <= args.pool_fraction <= 4.0:
         raise BadConfiguration(f"--pool-fraction: expected 0 to 4, got {args.pool_fraction}")
+    if not 0.0 <= args.leave_timeout <= 86_400.0:
+        raise BadConfiguration(f"--leave-timeout: expected 0 to 86400 seconds, got {args.leave_timeout}")
     if not 0 <= args.stage < args.pipeline_parallel_size:
         raise BadConfiguration(f"--stage: expected 0 to {args.pipeline_parallel_size - 1}, got {args.stage}")
     return args

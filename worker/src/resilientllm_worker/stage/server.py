@@ -42,6 +42,7 @@ from resilientllm_worker.protocol.messages import (
     ReplicaWelcome,
     Sealed,
     StageFailing,
+    StageLeaving,
     StageWelcome,
     Stamp,
     Step,
@@ -124,6 +125,10 @@ class StageServer:
         self._void_prefixes: set[str] = set()
         self._calls: deque[Callable[[], None]] = deque()
         self._turn = 0
+        self._engines: set[Connection] = set()
+        """All that were greeted, also those that this stage does not serve."""
+        self._ends_at: float | None = None
+        """Monotonic seconds, once it was asked to end."""
         self._stopping = False
         # Written by the runner thread, read by heartbeats.
         self._steps_done = 0
@@ -148,10 +153,30 @@ class StageServer:
             self._stopping = True
             self._changed.notify_all()
 
+    def leave(self, timeout_seconds: float) -> None:
+        """Tell every engine that this stage is about to end, serve until none needs it or the time is over, and stop.
+
+        Waits for that, so call it in a thread of its own.
+        """
+        with self._changed:
+            self._ends_at = time.monotonic() + timeout_seconds
+            engines = list(self._engines)
+        for engine in engines:
+            _tell(engine, StageLeaving(timeout_seconds))
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._needed_by(), timeout_seconds):
+                logger.warning(
+                    "ends although instances %s need it: %.1f s are over", self._needed_by(), timeout_seconds
+                )
+        self.stop()
+
+    def _needed_by(self) -> list[int]:
+        return [tenant.instance for tenant in self._tenants.values() if tenant.needed]
+
     def fail(self, reason: str) -> None:
         """Tell every engine, before the process ends."""
         with self._changed:
-            engines = [tenant.engine for tenant in self._tenants.values() if tenant.engine is not None]
+            engines = list(self._engines)
         for engine in engines:
             _tell(engine, StageFailing(reason))
 
@@ -351,6 +376,11 @@ class StageServer:
         if hello.protocol != PROTOCOL_VERSION or hello.config_digest != self._digest:
             logger.warning("engine of instance %d does not fit this stage; it will say why", hello.instance)
             return
+        with self._changed:
+            self._engines.add(connection)
+            ends_at = self._ends_at
+        if ends_at is not None:
+            _tell(connection, StageLeaving(max(0.0, ends_at - time.monotonic())))
         gone = threading.Event()
         beat = threading.Thread(
             target=self._beat,
@@ -493,7 +523,7 @@ class StageServer:
                 tenant.blocks.serve()
                 held = tenant.blocks.held() if message.report_sealed else (b"", b"")
                 tenant.outbound = outbound
-                tenant.stitched = True
+                tenant.stitched = tenant.needed = True
                 self._changed.notify_all()
                 return Stitched(
                     message.call, message.stamp, kv.home_blocks - 1 if tenant.is_home else kv.pool_blocks, *held
@@ -541,14 +571,17 @@ class StageServer:
         if not self._fence(tenant, stamp, engine):
             return
         with self._changed:
+            tenant.needed = False
             self._stop_serving_soon(tenant, leaves=True)
             self._redirect(tenant, None)
 
     def _leave(self, tenant: Tenant, connection: Connection) -> None:
         """The engine's connection ended. Its stamp stays: an older one must not come back."""
         with self._changed:
+            self._engines.discard(connection)
             if tenant.engine is not connection:
                 return
+            tenant.needed = False
             closing = tenant.fence(tenant.stamp, connection)
             tenant.engine = None
             self._void_prefixes.add(tenant.prefix)

@@ -31,6 +31,8 @@ class Tenant:
     """Who gave the stamp, and gets the answers."""
     stitched: bool = False
     """This stage is in the instance's pipeline of this stamp, so steps run here."""
+    needed: bool = False
+    """It was stitched since it was last released: the engine may want it again, though it is fenced at the moment."""
     outbound: LinkSender | None = None
     steps: deque[Step] = field(default_factory=deque)
     arrived: dict[tuple[Stamp, int], dict[str, torch.Tensor]] = field(default_factory=dict)
