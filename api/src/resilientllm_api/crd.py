@@ -34,11 +34,14 @@ MAX_STAGES = 64
 
 RETRY_ANNOTATION = f"{GROUP}/retry"
 """A new value makes the operator try again what it had given up, without a change of the spec."""
+PAUSED_ANNOTATION = f"{GROUP}/paused"
+"""While it is "true" the operator changes nothing that works; what is lost is still replaced."""
 
 # The operator sets these itself; a second value would make engine and stages disagree about the pipeline.
 _OWN_FLAGS = (
     "model|host|port|served-model-name|pipeline-parallel-size|tensor-parallel-size|distributed-executor-backend|"
-    "scheduler-cls|instance|stage|listen|health|plan-file|control|token-file|pool-fraction|api-key|uds|ssl-[a-z-]+"
+    "scheduler-cls|instance|stage|listen|health|plan-file|control|token-file|pool-fraction|shutdown-timeout|api-key|uds|"
+    "ssl-[a-z-]+"
 )
 _QUANTITY = (
     r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))"
@@ -210,6 +213,10 @@ class RecoveryPolicy(CrdModel):
                 "duration('24h')",
                 "recovery.heartbeatInterval must be at least 10ms, and no time longer than 24h",
             ),
+            rule(
+                "duration(self.drainTimeout) >= duration('1s') && duration(self.drainTimeout) <= duration('1h')",
+                "recovery.drainTimeout must be from 1s to 1h: a node that is drained waits for it",
+            ),
         )
     )
 
@@ -219,6 +226,10 @@ class RecoveryPolicy(CrdModel):
     """How often a stage says that it is alive and how far its work has come."""
     heartbeat_timeout: Duration = "3s"
     """A stage that was silent for so long is lost."""
+    drain_timeout: Duration = "5m"
+    """How long at most requests may run on in an instance that gives way (a roll-out, fewer instances) or an engine pod
+    that is told to end (an eviction), which get no new ones. What still runs then is cut off. It is the pods' grace
+    period, too: a change restarts nothing, and holds for evictions of the pods that are made from then on."""
 
 
 class ServicePolicy(CrdModel):
@@ -250,8 +261,8 @@ class ResilientLLMSpec(CrdModel):
                 f"!has(self.args) || !self.args.exists(a, a.replace('_', '-').matches('^(--({_OWN_FLAGS})([=].*)?"
                 "|-[pt]p([=0-9].*)?)$'))",
                 "spec.args must not set what the operator sets itself: use spec.model, spec.stages, "
-                "spec.tensorParallelSize, spec.replication.poolPercent and spec.service instead; TLS and API keys "
-                "belong in a gateway in front of the Service",
+                "spec.tensorParallelSize, spec.replication.poolPercent, spec.recovery.drainTimeout and spec.service "
+                "instead; TLS and API keys belong in a gateway in front of the Service",
             ),
         )
     )
@@ -346,6 +357,8 @@ class InstancePhase(StrEnum):
     """A stage is lost and nobody can stand in."""
     FAILED = "Failed"
     """Cannot serve until a person helps."""
+    DRAINING = "Draining"
+    """It could serve, but gives way: it gets no new requests and finishes those that it has."""
     UNREACHABLE = "Unreachable"
     """It has served, and its engine does not answer any more."""
 
@@ -407,6 +420,23 @@ class PlanStatus(CrdModel):
     hash: str
 
 
+class DrainReason(StrEnum):
+    ROLL_OUT = "RollOut"
+    """Its pods were made from an older spec."""
+    SCALE_DOWN = "ScaleDown"
+    """The spec asks for fewer instances."""
+
+
+class DrainStatus(CrdModel):
+    """The instance that gives way; there is one at a time. Called off when the others cannot do without it."""
+
+    instance: int
+    reason: DrainReason
+    since: datetime
+    deleted_at: datetime | None = None
+    """When its pods were told to go: from then on there is no way back."""
+
+
 class HoldStatus(CrdModel):
     """Evidence of a pod that cannot work as configured. The operator makes no such pod until the spec changes."""
 
@@ -445,6 +475,7 @@ class ResilientLLMStatus(CrdModel):
     """The last ten re-stitches, oldest first."""
     plan: PlanStatus | None = None
     hold: HoldStatus | None = None
+    drain: DrainStatus | None = None
 
 
 class ResilientLLM(CrdModel):

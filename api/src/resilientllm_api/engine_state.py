@@ -123,6 +123,8 @@ class EngineState(Frozen):
     plan_version: int = 0
     serving: bool = False
     """New requests will be served now."""
+    leaving: bool = False
+    """It was told to end: it finishes the requests that it has, takes no new ones, and ends then."""
     on_own_stages: bool = False
     stages: tuple[StageServing, ...] = ()
     replication: tuple[ReplicationState, ...] = ()

@@ -96,6 +96,9 @@ class Plan(Frozen):
     only where nobody else can serve."""
     lost: tuple[StageId, ...] = ()
     """Stages that must not be used, whatever they say themselves: their device or their node is not to be trusted."""
+    draining: bool = False
+    """The instance gives way: its engine serves whatever comes, and ends each connection with its answer, so that
+    clients which keep connections come back to another instance."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

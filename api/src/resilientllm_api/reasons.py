@@ -28,6 +28,8 @@ class Reason(StrEnum):
     """An engine says that it serves; a real token is awaited."""
     ROLLING_OUT = "RollingOut"
     """Pods are being replaced because the spec changed."""
+    SCALING_DOWN = "ScalingDown"
+    """An instance that the spec does not ask for any more finishes its requests, or waits for its turn."""
     RESTORING_CAPACITY = "RestoringCapacity"
     """A lost stage or engine is being brought back."""
     NO_INSTANCE_SERVING = "NoInstanceServing"
@@ -60,6 +62,10 @@ class Reason(StrEnum):
     """Replication is switched off in the spec."""
 
     # A person must help.
+    PAUSED = "Paused"
+    """A person has paused changes by annotation."""
+    ROLL_OUT_STOPPED = "RollOutStopped"
+    """Pods made from the new spec do not work, so no further instance is changed."""
     CONFIGURATION_REJECTED = "ConfigurationRejected"
     """A process found that it cannot work as configured. No such pod is made until the spec changes."""
     IMAGE_PULL_FAILED = "ImagePullFailed"
@@ -87,6 +93,8 @@ class EventReason(StrEnum):
 
     INSTANCE_READY = "InstanceReady"
     """An instance serves on its own stages, and a real token was seen."""
+    INSTANCE_DRAINING = "InstanceDraining"
+    """An instance gives way: it gets no new requests and finishes those that it has."""
     INSTANCE_LOST = "InstanceLost"
     """An instance that served does not serve any more."""
     STAGE_LOST = "StageLost"
