@@ -163,9 +163,9 @@ def with_spec(world: World, **changes: Any) -> World:
     return replace(world, object=changed)
 
 
-def settled(world: World) -> World:
+def settled(world: World, at: datetime = NOW) -> World:
     """The world after everything that was decided about routes and status has been done."""
-    for action in decide(world, NOW):
+    for action in decide(world, at):
         match action:
             case WriteStatus(status):
                 world = with_status(world, status)

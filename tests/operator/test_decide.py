@@ -260,29 +260,16 @@ class TestEndpoints:
         assert len(of_type(decided(world), ApplyService)) == 1
 
 
-class TestRollOut:
-    def test_one_instance_at_a_time_all_of_its_pods_at_once(self) -> None:
-        world = with_spec(healthy_world(), args=["--max-model-len=1024"])
+class TestChanges:
+    """What follows when an instance has something to lose is in test_draining.py."""
+
+    def test_an_instance_that_does_not_serve_is_replaced_at_once_with_all_of_its_pods(self) -> None:
+        world = silent(with_spec(healthy_world(), args=["--max-model-len=1024"]), 0)
         assert {name.rsplit("-", 1)[0] for name in deleted(world)} == {"tiny-0-s0", "tiny-0-s1", "tiny-0-engine"}
         assert condition(world, "Progressing")[:2] == ("True", "RollingOut")
 
-    def test_the_next_one_waits_until_the_first_serves_again(self) -> None:
-        world = with_spec(healthy_world(), args=["--max-model-len=1024"])
-        for slot in (stage(0, 0), stage(0, 1), engine(0)):
-            world = with_pod(world, slot, spec_hash=pod(world.object, slot).spec_hash)
-        assert deleted(silent(world, 0)) == []
-        assert {name.rsplit("-", 1)[0] for name in deleted(world)} == {"tiny-1-s0", "tiny-1-s1", "tiny-1-engine"}
-
-    def test_an_instance_that_does_not_serve_is_replaced_first(self) -> None:
-        world = silent(with_spec(healthy_world(), args=["--max-model-len=1024"]), 0)
-        assert {name.split("-")[1] for name in deleted(world)} == {"0"}
-
     def test_a_change_that_pods_do_not_see_replaces_none(self) -> None:
         assert deleted(with_spec(healthy_world(), service={"port": 8080})) == []
-
-    def test_fewer_instances_lose_the_last_ones(self) -> None:
-        world = with_spec(healthy_world(), instances=1)
-        assert {name.split("-")[1] for name in deleted(world)} == {"1"}
 
     def test_more_instances_add_pods(self) -> None:
         assert {name.split("-")[1] for name in created(with_spec(healthy_world(), instances=3))} == {"2"}

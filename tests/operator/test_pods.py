@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from resilientllm_api.crd import HOSTNAME
 from resilientllm_operator.names import MANAGER, Slot, pod_name, slot_of, slots
-from resilientllm_operator.pods import build_pod, spec_hash
+from resilientllm_operator.pods import END_SECONDS, build_pod, spec_hash
 
 from tests.operator.builders import UID, engine, obj, spec, stage
 
@@ -50,6 +50,7 @@ def test_the_engine_command() -> None:
         "--host=0.0.0.0",
         "--port=8000",
         "--served-model-name=tiny",
+        "--shutdown-timeout=300",
         "--pipeline-parallel-size=2",
         "--tensor-parallel-size=1",
         "--max-model-len=64",
@@ -162,6 +163,20 @@ def test_the_hash_changes_with_what_the_pod_is_made_from() -> None:
     assert spec_hash(obj(), stage(0, 0)) != spec_hash(obj(spec=spec(image="other")), stage(0, 0))
     assert spec_hash(obj(), stage(0, 0)) == spec_hash(obj(spec=spec(service={"port": 81})), stage(0, 0))
     assert spec_hash(obj(), stage(0, 0)) == spec_hash(obj(spec=spec(instances=5)), stage(0, 0))
+
+
+def test_no_pod_is_replaced_for_other_times() -> None:
+    times = {"heartbeatTimeout": "9s", "waitForDonor": "9s", "drainTimeout": "9s"}
+    assert spec_hash(obj(), engine(0)) == spec_hash(obj(spec=spec(recovery=times)), engine(0))
+
+
+@pytest.mark.parametrize("slot", SLOTS, ids=str)
+@pytest.mark.parametrize(("timeout", "seconds"), [("90s", 90), ("1m30s", 90), ("1500ms", 2)])
+def test_the_kubelet_waits_until_the_drain_is_over(slot: Slot, timeout: str, seconds: int) -> None:
+    changed = obj(spec=spec(recovery={"drainTimeout": timeout}))
+    assert build_pod(changed, slot)["spec"]["terminationGracePeriodSeconds"] == seconds + END_SECONDS
+    if slot.stage is None:
+        assert f"--shutdown-timeout={seconds}" in container(slot, recovery={"drainTimeout": timeout})["command"]
 
 
 @pytest.mark.parametrize("labels", [{}, {"resilientllm.dev/role": "cook"}, {"resilientllm.dev/role": "stage"}])

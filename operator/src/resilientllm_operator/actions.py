@@ -34,6 +34,8 @@ class DeletePod:
     uid: str
     """A precondition: never the next pod of the same name."""
     why: str
+    grace_seconds: int | None = None
+    """None: the pod's own."""
 
 
 @dataclass(frozen=True)

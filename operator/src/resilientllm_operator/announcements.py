@@ -28,6 +28,7 @@ NEEDS_A_PERSON = {
     Reason.POD_REFUSED,
     Reason.NAME_TAKEN,
     Reason.SPEC_UNREADABLE,
+    Reason.ROLL_OUT_STOPPED,
 }
 _UP = {InstancePhase.SERVING, InstancePhase.DEGRADED, InstancePhase.RECOVERING}
 
@@ -65,6 +66,9 @@ def _instance(before: InstanceStatus | None, after: InstanceStatus) -> Iterator[
     was_up = before is not None and before.phase in _UP
     if after.phase is InstancePhase.SERVING and not was_up:
         yield Announce(EventReason.INSTANCE_READY, f"Instance {after.instance} serves; a real token was seen.")
+    elif was_up and after.phase is InstancePhase.DRAINING:
+        note = f"Instance {after.instance} gives way: it gets no new requests and finishes those that it has."
+        yield Announce(EventReason.INSTANCE_DRAINING, note)
     elif was_up and after.phase is InstancePhase.WAITING:
         yield Announce(
             EventReason.STAGE_LOST,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 
 from resilientllm_api.crd import HoldStatus
@@ -53,13 +53,15 @@ def is_outdated(world: World, pod: PodView) -> bool:
 
 
 def pod_changes(
-    world: World, hold: HoldStatus | None, serving: Collection[int], now: datetime
+    world: World, hold: HoldStatus | None, expendable: Mapping[int, int | None], now: datetime
 ) -> Iterator[CreatePod | DeletePod]:
-    """The next pods to make and to delete; ``serving`` are the instances that take requests."""
+    """The next pods to make and to delete; ``expendable`` as :func:`draining.expendable` has it."""
     wanted = slots(world.object.spec.instances, world.object.spec.stages)
     for pod in world.pods:
         if pod.slot not in wanted and not pod.leaving:
-            yield DeletePod(pod.name, pod.uid, f"{pod.slot} is not wanted any more")
+            if pod.slot.instance in expendable:
+                why = f"{pod.slot} is not wanted any more"
+                yield DeletePod(pod.name, pod.uid, why, expendable[pod.slot.instance])
         elif pod.ended:
             yield DeletePod(pod.name, pod.uid, f"{pod.slot} has ended and will not run again")
     for slot in wanted:
@@ -73,7 +75,7 @@ def pod_changes(
         elif hold is not None and keep.rejected_configuration:
             yield DeletePod(keep.name, keep.uid, f"{slot} cannot work as configured")
     if hold is None:
-        yield from _roll_out(world, serving)
+        yield from _roll_out(world, expendable)
 
 
 def _create(world: World, slot: Slot, now: datetime) -> Iterator[CreatePod]:
@@ -83,17 +85,9 @@ def _create(world: World, slot: Slot, now: datetime) -> Iterator[CreatePod]:
         yield create
 
 
-def _roll_out(world: World, serving: Collection[int]) -> Iterator[DeletePod]:
-    """Replaces the pods of one instance at a time, all at once: its engine and stages must agree on their flags.
-
-    An instance that does not serve has nothing to lose. One that serves gives way only while all others serve.
-    """
-    for instance in range(world.object.spec.instances):
-        outdated = [
-            pod for pod in world.pods if pod.slot.instance == instance and not pod.leaving and is_outdated(world, pod)
-        ]
-        others_serve = all(other in serving for other in range(world.object.spec.instances) if other != instance)
-        if outdated and (instance not in serving or others_serve):
-            for pod in outdated:
-                yield DeletePod(pod.name, pod.uid, f"{pod.slot} was made from an older spec")
-            return
+def _roll_out(world: World, expendable: Mapping[int, int | None]) -> Iterator[DeletePod]:
+    """All older pods of an instance at once: its engine and its stages must agree on their flags."""
+    for pod in world.pods:
+        if pod.slot.instance in expendable and not pod.leaving and is_outdated(world, pod):
+            grace_seconds = expendable[pod.slot.instance]
+            yield DeletePod(pod.name, pod.uid, f"{pod.slot} was made from an older spec", grace_seconds)

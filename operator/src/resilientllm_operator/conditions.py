@@ -14,13 +14,13 @@ from resilientllm_api.crd import (
     Condition,
     ConditionStatus,
     ConditionType,
+    DrainStatus,
     InstancePhase,
     InstanceStatus,
     ResilientLLMStatus,
 )
 from resilientllm_api.reasons import Reason
 
-from resilientllm_operator.capacity import is_outdated
 from resilientllm_operator.names import slots
 from resilientllm_operator.replication import replication_healthy
 from resilientllm_operator.trouble import Trouble
@@ -32,19 +32,33 @@ _ATTACHING = {InstancePhase.STARTING, InstancePhase.VERIFYING}
 
 
 def conditions(
-    world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble], now: datetime
+    world: World,
+    instances: Sequence[InstanceStatus],
+    troubles: Sequence[Trouble],
+    now: datetime,
+    drain: DrainStatus | None = None,
+    change: Verdict | None = None,
 ) -> tuple[Condition, ...]:
+    """``change``: as :func:`changing.change` has it."""
+    stopped = change is not None and change.status is False
+    yielding = drain.instance if drain is not None and not stopped else None
     verdicts = (
-        _ready(world, instances, troubles),
+        _ready(world, instances, troubles, yielding, change),
         _available(instances, troubles),
-        _degraded(instances, troubles),
-        _progressing(world, instances, troubles),
+        _degraded(instances, troubles, yielding),
+        _progressing(world, instances, troubles, change),
         replication_healthy(world, instances),
     )
     return tuple(_condition(world, verdict, now) for verdict in verdicts)
 
 
-def _ready(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> Verdict:
+def _ready(
+    world: World,
+    instances: Sequence[InstanceStatus],
+    troubles: Sequence[Trouble],
+    yielding: int | None,
+    change: Verdict | None,
+) -> Verdict:
     if all(instance.serving for instance in instances):
         served = f"{_count(len(instances), 'instance')} of {_count(world.object.spec.stages, 'stage')} each"
         hint = (
@@ -55,6 +69,8 @@ def _ready(world: World, instances: Sequence[InstanceStatus], troubles: Sequence
         return Verdict(ConditionType.READY, True, Reason.ALL_INSTANCES_SERVING, f"Serves with {served}.{hint}")
     if troubles:
         return Verdict(ConditionType.READY, False, troubles[0].reason, _with_others(troubles))
+    if change is not None and all(each.serving or each.instance == yielding for each in instances):
+        return Verdict(ConditionType.READY, False, change.reason, change.message)
     waiting = _waiting(world, instances)
     return Verdict(ConditionType.READY, False, waiting.reason, waiting.message)
 
@@ -70,14 +86,17 @@ def _available(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble])
     return Verdict(ConditionType.AVAILABLE, False, Reason.NO_INSTANCE_SERVING, message)
 
 
-def _degraded(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> Verdict:
-    """Only what served before can be lost: an object that is being made is not degraded."""
-    lost = [each for each in instances if each.first_served_at and not each.serving]
+def _degraded(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble], yielding: int | None) -> Verdict:
+    """Only what served before can be lost, and what gives way for a change is not: it comes back, or is not wanted."""
+    lost = [each for each in instances if each.first_served_at and not each.serving and each.instance != yielding]
     borrowed = [
         f"{stage.served_by} stands in for stage {each.instance}.{stage.stage}"
         for each in instances
         for stage in each.stages
-        if each.serving and stage.served_by is not None and stage.served_by != f"{each.instance}.{stage.stage}"
+        if each.serving
+        and each.instance != yielding
+        and stage.served_by is not None
+        and stage.served_by != f"{each.instance}.{stage.stage}"
     ]
     if not lost and not borrowed:
         return Verdict(ConditionType.DEGRADED, False, Reason.AS_SPECIFIED, "Nothing that served is lost.")
@@ -86,14 +105,17 @@ def _degraded(instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) 
     return Verdict(ConditionType.DEGRADED, True, _loss_reason(lost), f"{'; '.join(facts)}.{help_needed}")
 
 
-def _progressing(world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble]) -> Verdict:
+def _progressing(
+    world: World, instances: Sequence[InstanceStatus], troubles: Sequence[Trouble], change: Verdict | None
+) -> Verdict:
+    if change is not None and change.status is False:
+        return change
     if troubles:
         return Verdict(ConditionType.PROGRESSING, False, troubles[0].reason, _with_others(troubles))
     missing = [slot for slot in slots(len(instances), world.object.spec.stages) if not _runs(world, slot)]
     at_home = all(each.phase is InstancePhase.SERVING and each.serving for each in instances)
-    if any(is_outdated(world, pod) for pod in world.pods if not pod.leaving):
-        message = "Pods made from an older spec are replaced, one instance at a time."
-        return Verdict(ConditionType.PROGRESSING, True, Reason.ROLLING_OUT, message)
+    if change is not None:
+        return change
     if at_home and not missing:
         return Verdict(ConditionType.PROGRESSING, False, Reason.AS_SPECIFIED, "All pods run as the spec says.")
     if all(each.first_served_at for each in instances):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
-from resilientllm_api.crd import HoldStatus, InstanceStatus, PlanStatus, ResilientLLMStatus
+from resilientllm_api.crd import DrainStatus, HoldStatus, InstanceStatus, PlanStatus, ResilientLLMStatus
 
-from resilientllm_operator import capacity, planning, routing
+from resilientllm_operator import capacity, draining, planning, routing
 from resilientllm_operator.actions import (
     Action,
     ApplyEndpoints,
@@ -21,6 +21,7 @@ from resilientllm_operator.actions import (
     WriteStatus,
 )
 from resilientllm_operator.announcements import announcements
+from resilientllm_operator.changing import change
 from resilientllm_operator.conditions import conditions
 from resilientllm_operator.failure_domains import ranked_donors
 from resilientllm_operator.instances import KEEPS_VERIFICATION, incarnation, instance_statuses
@@ -36,11 +37,13 @@ def decide(world: World, now: datetime) -> list[Action]:
     if world.object.deleting:
         return []  # The garbage collector deletes what the object owns; making more would be a race with it.
     donors = ranked_donors(world)
-    instances = instance_statuses(world, donors, now)
+    able = instance_statuses(world, donors, now)
     hold = capacity.hold_of(world, now)
-    plan, plans = planning.desired_plans(world, donors)
-    status = _status(world, instances, hold, plan, now)
-    serving = {instance.instance for instance in instances if instance.serving}
+    drain = draining.drain_of(world, able, hold, now)
+    instances = draining.shown(world, able, drain)
+    plan, plans = planning.desired_plans(world, donors, drain)
+    status = _status(world, able, instances, hold, drain, plan, now)
+    expendable = draining.expendable(world, able, drain)
     return [
         *_routes(world, instances),
         *_record(world, status),
@@ -48,24 +51,33 @@ def decide(world: World, now: datetime) -> list[Action]:
         *planning.publications(world, plans),
         *_verifications(world),
         *_token(world),
-        *(capacity.pod_changes(world, hold, serving, now) if world.token is not Owner.FOREIGN else ()),
+        *(capacity.pod_changes(world, hold, expendable, now) if world.token is not Owner.FOREIGN else ()),
     ]
 
 
 def _status(
-    world: World, instances: tuple[InstanceStatus, ...], hold: HoldStatus | None, plan: PlanStatus | None, now: datetime
+    world: World,
+    able: tuple[InstanceStatus, ...],
+    instances: tuple[InstanceStatus, ...],
+    hold: HoldStatus | None,
+    drain: DrainStatus | None,
+    plan: PlanStatus | None,
+    now: datetime,
 ) -> ResilientLLMStatus:
     recoveries = recovery_record(world)
+    wanted = instances[: world.object.spec.instances]
+    troubles = troubles_of(world, hold, wanted, now)
     return ResilientLLMStatus(
         observed_generation=world.object.generation,
-        conditions=conditions(world, instances, troubles_of(world, hold, instances), now),
-        ready=f"{sum(each.serving for each in instances)}/{len(instances)}",
+        conditions=conditions(world, wanted, troubles, now, drain, change(world, able, hold, troubles, drain, now)),
+        ready=f"{sum(each.serving for each in wanted)}/{len(wanted)}",
         endpoint=routing.endpoint_url(world.object),
         instances=instances,
         last_recovery=last_loss(recoveries) or world.object.status.last_recovery,
         recoveries=recoveries,
         plan=plan,
         hold=hold,
+        drain=drain,
     )
 
 

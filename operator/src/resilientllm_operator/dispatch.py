@@ -61,9 +61,9 @@ class Dispatcher:
         match action:
             case CreatePod():
                 await self._create_pod(action)
-            case DeletePod(name, uid, why):
+            case DeletePod(name, uid, why, grace_seconds):
                 logger.info("%s/%s: deletes pod %s: %s", self._namespace, self._name, name, why)
-                ending = await self._kube.delete("Pod", self._namespace, name, uid)
+                ending = await self._kube.delete("Pod", self._namespace, name, uid, grace_seconds)
                 if ending is not None:
                     self._store.put("Pod", ending)
             case ApplyService(manifest):

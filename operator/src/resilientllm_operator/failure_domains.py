@@ -19,9 +19,9 @@ from resilientllm_operator.world import World
 def ranked_donors(world: World) -> Donors:
     """For every stage those that may stand in for it, its pair first."""
     spec = world.object.spec
-    stages = [StageId(instance=i, stage=k) for i in range(spec.instances) for k in range(spec.stages)]
+    stages = [StageId(instance=i, stage=k) for i in range(world.instances) for k in range(spec.stages)]
     locations = {stage: location_of(world, stage) for stage in stages}
-    return donors_of(spec.instances, spec.stages, locations, pairs_in(world.object.status.instances))
+    return donors_of(world.instances, spec.stages, locations, pairs_in(world.object.status.instances))
 
 
 def location_of(world: World, stage: StageId) -> Location:

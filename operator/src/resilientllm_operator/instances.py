@@ -34,7 +34,8 @@ def incarnation(pod: PodView, state: EngineState) -> str:
 
 
 def instance_statuses(world: World, donors: Donors, now: datetime) -> tuple[InstanceStatus, ...]:
-    return tuple(_instance(world, instance, donors, now) for instance in range(world.object.spec.instances))
+    """Of every instance that there is, also beyond those asked for; as if none were draining."""
+    return tuple(_instance(world, instance, donors, now) for instance in range(world.instances))
 
 
 def _instance(world: World, instance: int, donors: Donors, now: datetime) -> InstanceStatus:
@@ -43,6 +44,8 @@ def _instance(world: World, instance: int, donors: Donors, now: datetime) -> Ins
     view = world.engine(pod)
     if view.contact is Contact.UNKNOWN and before is not None and pod is not None and before.engine == pod.name:
         # A new operator that has not heard of the engine yet must not take it out of service.
+        if before.phase is InstancePhase.DRAINING:
+            before = before.model_copy(update={"phase": InstancePhase.SERVING, "serving": True})
         return before.model_copy(update={"stages": _stages(world, instance, None, before, donors)})
 
     state = view.state if view.contact is Contact.ANSWERS else None
@@ -59,7 +62,8 @@ def _instance(world: World, instance: int, donors: Donors, now: datetime) -> Ins
     if pod is None or state is None:
         return status
     verified = incarnation(pod, state) if view.verified == incarnation(pod, state) else None
-    serving = verified is not None and state.serving
+    # A re-stitch lasts milliseconds: it is no reason to send requests elsewhere.
+    serving = verified is not None and (state.serving or state.phase is EnginePhase.RECOVERING)
     return status.model_copy(
         update={
             "serving": serving,

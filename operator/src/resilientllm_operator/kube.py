@@ -98,13 +98,18 @@ class KubeClient:
             content_type="application/apply-patch+yaml",
         )
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> Manifest | None:
+    async def delete(
+        self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None
+    ) -> Manifest | None:
         """Deletes this very object, and returns it if it takes time to end.
 
         One that is gone already, or another of the same name, is left as it is.
         """
+        options: Manifest = {"preconditions": {"uid": uid}}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
         try:
-            result = await self._request("DELETE", _path(kind, namespace, name), body={"preconditions": {"uid": uid}})
+            result = await self._request("DELETE", _path(kind, namespace, name), body=options)
         except ApiError as error:
             if error.code in (404, 409):
                 return None

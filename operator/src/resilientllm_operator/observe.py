@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
-from resilientllm_api.crd import RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
+from resilientllm_api.crd import PAUSED_ANNOTATION, RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
 
 from resilientllm_operator.names import SPEC_HASH_ANNOTATION, slot_of
 from resilientllm_operator.world import (
@@ -36,6 +36,7 @@ def view_object(obj: Json) -> ObjectView:
         spec=ResilientLLMSpec.model_validate(obj["spec"]),
         status=view_status(obj),
         retry=metadata.get("annotations", {}).get(RETRY_ANNOTATION),
+        paused=metadata.get("annotations", {}).get(PAUSED_ANNOTATION) == "true",
         deleting="deletionTimestamp" in metadata,
     )
 

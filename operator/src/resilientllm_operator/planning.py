@@ -6,15 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 
-from resilientllm_api.crd import PlanStatus, RecoveryPolicy
+from resilientllm_api.crd import DrainStatus, PlanStatus, RecoveryPolicy
 from resilientllm_api.durations import parse_seconds
 from resilientllm_api.pairing import Donors, make_plans
 from resilientllm_api.plan import Limits, Plan, StageId
 from resilientllm_api.ports import STAGE_PORT
 
 from resilientllm_operator.actions import PublishPlan
-from resilientllm_operator.names import Role, slots
-from resilientllm_operator.world import World
+from resilientllm_operator.capacity import is_outdated
+from resilientllm_operator.draining import departing
+from resilientllm_operator.names import Role, Slot, slots
+from resilientllm_operator.world import Contact, EngineView, World
 
 
 def limits_of(policy: RecoveryPolicy) -> Limits:
@@ -31,7 +33,7 @@ def stage_addresses(world: World) -> dict[StageId, str]:
     an engine that still reaches it loses nothing by that, and the plan changes once instead of twice.
     """
     addresses: dict[StageId, str] = {}
-    for slot in slots(world.object.spec.instances, world.object.spec.stages):
+    for slot in slots(world.instances, world.object.spec.stages):
         if slot.role is Role.STAGE:
             leaving = sorted(world.leaving(slot), key=lambda pod: pod.created, reverse=True)
             ip = next((pod.ip for pod in (*world.live(slot), *leaving) if pod.ip), None)
@@ -40,7 +42,9 @@ def stage_addresses(world: World) -> dict[StageId, str]:
     return addresses
 
 
-def desired_plans(world: World, donors: Donors) -> tuple[PlanStatus | None, Mapping[int, Plan]]:
+def desired_plans(
+    world: World, donors: Donors, drain: DrainStatus | None
+) -> tuple[PlanStatus | None, Mapping[int, Plan]]:
     """The plans, and the version that names them; the old version as long as nothing in them has changed.
 
     The version is raised above everything that any engine reports, so that engines listen even to an operator
@@ -51,7 +55,8 @@ def desired_plans(world: World, donors: Donors) -> tuple[PlanStatus | None, Mapp
     def plans_of(version: int) -> dict[int, Plan]:
         name = f"{obj.namespace}/{obj.name}"
         limits, replication = limits_of(obj.spec.recovery), obj.spec.replication.mode
-        return make_plans(name, version, obj.spec.instances, obj.spec.stages, addresses, limits, replication, donors)
+        plans = make_plans(name, version, world.instances, obj.spec.stages, addresses, limits, replication, donors)
+        return {instance: _with_drain(world, plan, drain) for instance, plan in plans.items()}
 
     unversioned = plans_of(1)
     if not unversioned:
@@ -71,8 +76,40 @@ def publications(world: World, plans: Mapping[int, Plan]) -> Iterator[PublishPla
     for instance, plan in plans.items():
         pod = world.engine_pod(instance)
         state = world.engine(pod).state
-        if pod is not None and pod.ip and state is not None and state.plan_version != plan.version:
+        if pod is None or not pod.ip or state is None or state.plan_version == plan.version:
+            continue
+        if state.plan_version or _may_attach(world, instance):
             yield PublishPlan(pod.uid, pod.ip, plan)
+
+
+def _with_drain(world: World, plan: Plan, drain: DrainStatus | None) -> Plan:
+    """What the others need to know of the instance that gives way, and what it must know itself."""
+    if drain is None or (plan.instance == drain.instance and drain.deleted_at is not None):
+        return plan
+    if plan.instance == drain.instance:
+        return plan.model_copy(update={"draining": True})
+    leaving = sorted({*plan.leaving, *departing(world, drain)}, key=str)
+    return plan.model_copy(update={"leaving": tuple(leaving)})
+
+
+def _may_attach(world: World, instance: int) -> bool:
+    """Whether an engine that has no plan yet may take the instance over.
+
+    Its term is higher than that of the engine before it, whose streams would end with its first word to a stage. And
+    stages that were made from another spec than the engine would be refused, where those that follow them will not.
+    """
+    if any(
+        _is_busy(world.engine(pod)) for pod in world.leaving(Slot(instance, Role.ENGINE)) if pod.ip and not pod.ended
+    ):
+        return False
+    older = (pod for pod in world.pods if pod.slot.instance == instance and not pod.leaving and is_outdated(world, pod))
+    return world.object.paused or not any(older)
+
+
+def _is_busy(view: EngineView) -> bool:
+    if view.state is None:
+        return view.contact is Contact.UNKNOWN
+    return bool(view.state.requests_running or view.state.requests_waiting)
 
 
 def _digest(plans: Mapping[int, Plan]) -> str:

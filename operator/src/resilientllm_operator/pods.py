@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 
-from resilientllm_api.crd import API_VERSION, HOSTNAME, KIND, EnvVar, PodTemplate, ResilientLLMSpec
+from resilientllm_api.crd import API_VERSION, HOSTNAME, KIND, EnvVar, PodTemplate, RecoveryPolicy, ResilientLLMSpec
+from resilientllm_api.durations import parse_seconds
 from resilientllm_api.ports import (
     ENGINE_API_PORT,
     ENGINE_CONTROL_PORT,
@@ -44,6 +47,10 @@ load weights elsewhere because of a short break; Kubernetes' own five minutes wo
 _SIBLINGS_WEIGHT = 1
 """Of the wish that the stages of one instance be apart, where that for other failure domains counts 100. The scheduler
 adds the weight for every pod that is in the way, and an instance has up to 63 other stages."""
+
+END_SECONDS = 15
+"""What a process gets to end in, after it has given away or finished its work. The kubelet counts both together, from
+SIGTERM on, and kills what is left."""
 
 _WRITABLE = "/scratch"
 """Not /tmp: a volume there would hide what an image, or a development machine's mounts, have below it."""
@@ -85,8 +92,12 @@ def build_pod(obj: ObjectView, slot: Slot, predecessors: Iterable[str] = ()) -> 
 
 
 def spec_hash(obj: ObjectView, slot: Slot) -> str:
-    """Names what a pod is made from. A pod that carries another one was made from an older spec."""
-    text = json.dumps(_pod_spec(obj, slot), sort_keys=True)
+    """Names what a pod is made from. A pod that carries another one was made from an older spec.
+
+    What it has of ``spec.recovery`` does not count: no pod is replaced for another grace period.
+    """
+    essential = replace(obj, spec=obj.spec.model_copy(update={"recovery": RecoveryPolicy()}))
+    text = json.dumps(_pod_spec(essential, slot), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -101,7 +112,7 @@ def _pod_spec(obj: ObjectView, slot: Slot) -> Manifest:
         "restartPolicy": "Always",  # A killed process is started again in place; its address stays.
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 15,
+        "terminationGracePeriodSeconds": _drain_seconds(spec) + END_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER_ID,
@@ -185,9 +196,14 @@ def _engine_command(obj: ObjectView, slot: Slot) -> list[str]:
         "--host=0.0.0.0",
         f"--port={ENGINE_API_PORT}",
         f"--served-model-name={served_name(obj)}",
+        f"--shutdown-timeout={_drain_seconds(obj.spec)}",
         *_parallelism(obj.spec),
         *obj.spec.args,
     ]
+
+
+def _drain_seconds(spec: ResilientLLMSpec) -> int:
+    return math.ceil(parse_seconds(spec.recovery.drain_timeout))
 
 
 def _model(spec: ResilientLLMSpec) -> str:

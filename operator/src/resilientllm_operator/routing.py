@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resilientllm_api.crd import InstanceStatus
+from resilientllm_api.crd import InstancePhase, InstanceStatus
 from resilientllm_api.ports import ENGINE_API_PORT
 
 from resilientllm_operator.actions import Manifest
@@ -103,14 +103,23 @@ def _engine_pods(world: World) -> list[PodView]:
 
 
 def _endpoint(world: World, pod: PodView, instances: Sequence[InstanceStatus]) -> Manifest | None:
-    if pod.leaving:
-        view = world.engine(pod)
-        serving = view.contact is Contact.ANSWERS and view.state is not None and view.state.serving
-    else:
-        serving = any(status.engine == pod.name and status.serving for status in instances)
+    ready, serving = _ready_and_serving(world, pod, instances)
     endpoint: Manifest = {
         "addresses": [pod.ip],
-        "conditions": {"ready": serving and not pod.leaving, "serving": serving, "terminating": pod.leaving},
+        "conditions": {"ready": ready, "serving": serving, "terminating": pod.leaving},
         "targetRef": {"kind": "Pod", "namespace": world.object.namespace, "name": pod.name, "uid": pod.uid},
     }
     return endpoint if pod.node is None else endpoint | {"nodeName": pod.node}
+
+
+def _ready_and_serving(world: World, pod: PodView, instances: Sequence[InstanceStatus]) -> tuple[bool, bool]:
+    """Whether an engine may get new requests, and whether what it has goes on: both end apart when it gives way."""
+    view = world.engine(pod)
+    if pod.leaving:
+        state = view.state if view.contact is Contact.ANSWERS else None
+        return False, state is not None and (state.serving or state.leaving)
+    status = next((each for each in instances if each.engine == pod.name), None)
+    if status is None:
+        return False, False
+    leaving = view.state is not None and view.state.leaving
+    return status.serving, status.serving or status.phase is InstancePhase.DRAINING or leaving

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from resilientllm_api.crd import RETRY_ANNOTATION, HoldStatus, InstancePhase, InstanceStatus
 from resilientllm_api.reasons import Reason
@@ -27,12 +28,14 @@ class Trouble:
     message: str
 
 
-def troubles_of(world: World, hold: HoldStatus | None, instances: Sequence[InstanceStatus]) -> list[Trouble]:
+def troubles_of(
+    world: World, hold: HoldStatus | None, instances: Sequence[InstanceStatus], now: datetime
+) -> list[Trouble]:
     return [
         *_held(world, hold),
         *_names_taken(world),
         *_refused(world),
-        *_pods(world),
+        *_pods(world, now),
         *_engines(world, instances),
     ]
 
@@ -65,6 +68,12 @@ def pod_trouble(pod: PodView, namespace: str) -> Trouble | None:
             f"{last_line(pod.last_exit.message)}. See {logs}.",
         )
     return None
+
+
+def takes_over_soon(world: World, pod: PodView, now: datetime) -> bool:
+    """Whether a pod that finds no node waits for nothing but the end of the one whose place it takes."""
+    before = world.leaving(pod.slot)
+    return pod.unschedulable is not None and any(each.ends_by is not None and now < each.ends_by for each in before)
 
 
 def _placement_advice(pod: PodView) -> str:
@@ -109,8 +118,13 @@ def _refused(world: World) -> Iterator[Trouble]:
         yield Trouble(Reason.POD_REFUSED, f"the API server refuses pod {pod}: {refusal.message}")
 
 
-def _pods(world: World) -> Iterator[Trouble]:
-    found = [trouble for pod in world.pods if not pod.leaving if (trouble := pod_trouble(pod, world.object.namespace))]
+def _pods(world: World, now: datetime) -> Iterator[Trouble]:
+    found = [
+        trouble
+        for pod in world.pods
+        if not pod.leaving and not takes_over_soon(world, pod, now)
+        if (trouble := pod_trouble(pod, world.object.namespace))
+    ]
     order = [
         Reason.UNSCHEDULABLE,
         Reason.IMAGE_PULL_FAILED,

@@ -29,6 +29,8 @@ class ObjectView:
     status: ResilientLLMStatus = field(default_factory=ResilientLLMStatus)
     retry: str | None = None
     """The value of the retry annotation."""
+    paused: bool = False
+    """A person wants nothing changed that works."""
     deleting: bool = False
 
 
@@ -184,6 +186,12 @@ class World:
     """The same of the EndpointSlice."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By pod name."""
+
+    @property
+    def instances(self) -> int:
+        """How many there are: those asked for, and beyond them those that still have pods to stay."""
+        highest = max((pod.slot.instance for pod in self.pods if not pod.leaving), default=-1)
+        return max(self.object.spec.instances, highest + 1)
 
     def live(self, slot: Slot) -> tuple[PodView, ...]:
         """The pods of a slot that are to stay, the oldest first."""
