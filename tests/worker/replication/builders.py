@@ -231,6 +231,7 @@ class Source:
             self.cache,
             dial or (lambda address, hello: connect(address, TOKEN, hello)),
             lambda stamp: a_hello(self.cache, stamp),
+            lambda: len(self.sealed),
             linger_seconds,
             batch_blocks,
         )

@@ -185,6 +185,15 @@ def test_replicas_stay_good_for_the_next_time_when_a_guest_leaves() -> None:
         assert report.sent_blocks == 2, "what is there already is not sent again"
 
 
+def test_what_is_sealed_is_counted_while_nobody_keeps_it() -> None:
+    with kept() as (_, engine, other), closing(guest := an_engine(other)):
+        engine.connection.send(ReplicateTo(Stamp(1, 1), None))
+        report = report_when(engine, lambda report: not report.address)
+        assert (report.sealed_blocks, report.stored_blocks) == (2, 0)
+        guest.stitch(epoch=2, report=True)
+        assert report_when(guest, lambda report: not report.address).sealed_blocks == 2
+
+
 def test_an_engine_of_a_higher_term_starts_anew() -> None:
     with kept() as (own, engine, other):
         engine.close()

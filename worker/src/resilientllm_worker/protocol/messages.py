@@ -237,7 +237,7 @@ class ReplicationReport(_Struct):
     connected: bool
     block_bytes: int
     sealed_blocks: int
-    """Blocks with sealed content here, now. While there is nowhere to send to, only those sealed since."""
+    """Blocks with sealed content here, now."""
     stored_blocks: int
     """Those of them that the other stage has acknowledged and not dropped since."""
     lag_blocks: int

@@ -96,10 +96,6 @@ class Backlog:
     # --- figures -----------------------------------------------------------------------------------------------
 
     @property
-    def sealed(self) -> int:
-        return len(self._blocks)
-
-    @property
     def stored(self) -> int:
         return self._counts[Standing.STORED]
 

@@ -60,16 +60,19 @@ class Replicator:
         store: BlockStore,
         connect: Callable[[str, ReplicaHello], ReplicaChannel],
         hello: Callable[[Stamp], ReplicaHello],
+        sealed_count: Callable[[], int],
         linger_seconds: float = 0.02,
         batch_blocks: int = 64,
     ) -> None:
         """``connect`` raises a `TransportError` if there is no keeper; it is asked again, until `redirect` or `close`.
 
+        ``sealed_count`` is for the report: without a keeper, what was sealed before is not known here.
         A batch goes out ``linger_seconds`` after it began to fill, or when it has ``batch_blocks``.
         """
         self._store = store
         self._connect = connect
         self._hello = hello
+        self._sealed_count = sealed_count
         self._linger_seconds = linger_seconds
         self._batch_blocks = min(batch_blocks, batch_limit(store.block_bytes))
         self._changed = threading.Condition()
@@ -117,13 +120,14 @@ class Replicator:
                 self._changed.notify_all()
 
     def report(self) -> ReplicationReport:
+        sealed_blocks = self._sealed_count()
         with self._changed:
             course, backlog, tally = self._course, self._backlog, self._tally
             return ReplicationReport(
                 address="" if course is None else course.address,
                 connected=course is not None and course.channel is not None,
                 block_bytes=self._store.block_bytes,
-                sealed_blocks=backlog.sealed,
+                sealed_blocks=sealed_blocks,
                 stored_blocks=backlog.stored,
                 lag_blocks=backlog.lag,
                 lag_seconds=backlog.lag_seconds(time.monotonic()),

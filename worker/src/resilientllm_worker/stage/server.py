@@ -341,15 +341,15 @@ class StageServer:
         if self._pool is None:
             self._pool = Pool(kv.home_blocks, kv.pool_blocks)
             self._store = self._model.block_store()
-        tenant.blocks = HomeBlocks(kv.home_blocks) if tenant.is_home else self._pool.tenant(tenant.instance)
-        store = self._store
+        blocks: Blocks = HomeBlocks(kv.home_blocks) if tenant.is_home else self._pool.tenant(tenant.instance)
+        tenant.blocks, store = blocks, self._store
         if store is None:
             return
 
         def hello(stamp: Stamp) -> ReplicaHello:
             return ReplicaHello(PROTOCOL_VERSION, tenant.instance, self._stage, stamp, store.layout, store.block_bytes)
 
-        tenant.replicator = Replicator(store, self._connect_replicas, hello)
+        tenant.replicator = Replicator(store, self._connect_replicas, hello, lambda: blocks.sealed_count)
 
     def _connect_replicas(self, address: str, hello: ReplicaHello) -> ReplicaChannel:
         return tcp.connect(address, self._token, hello)

@@ -69,6 +69,10 @@ class Blocks(Protocol):
     def held(self) -> tuple[bytes, bytes]:
         """Blocks and numbers of all sealed content here, packed as they go over the wire."""
 
+    @property
+    def sealed_count(self) -> int:
+        """How many blocks have sealed content here."""
+
     def seals(self) -> list[tuple[Seal, int]]:
         """All sealed content here with its slot, by number, so parents come first."""
 

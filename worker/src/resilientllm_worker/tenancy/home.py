@@ -84,6 +84,11 @@ class HomeBlocks:
         with self._lock:
             return pack_blocks(self._seals), pack_numbers(seal.number for seal in self._seals.values())
 
+    @property
+    def sealed_count(self) -> int:
+        with self._lock:
+            return len(self._seals)
+
     def seals(self) -> list[tuple[Seal, int]]:
         with self._lock:
             seals = list(self._seals.values())

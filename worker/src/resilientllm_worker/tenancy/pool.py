@@ -217,6 +217,11 @@ class PoolBlocks:
         with self._lock:
             return pack_blocks(self._sealed), pack_numbers(link.seal.number for link in self._sealed.values())
 
+    @property
+    def sealed_count(self) -> int:
+        with self._lock:
+            return len(self._sealed)
+
     def seals(self) -> list[tuple[Seal, int]]:
         with self._lock:
             links = [(link.seal, link.slot) for link in self._sealed.values()]
