@@ -233,6 +233,24 @@ class TestRights:
             answer = "no" if re.search(r"\bno\b", str(refused)) else str(refused)
         assert answer == allowed
 
+    @pytest.mark.parametrize(
+        ("verb", "lease", "where", "allowed"),
+        [
+            ("create", "leases", SYSTEM, "yes"),
+            ("update", f"leases/{ACCOUNT}", SYSTEM, "yes"),
+            ("update", "leases/another", SYSTEM, "no"),
+            ("update", f"leases/{ACCOUNT}", "default", "no"),
+            ("delete", f"leases/{ACCOUNT}", SYSTEM, "no"),
+        ],
+    )
+    def test_are_for_one_lease(self, cluster: Cluster, verb: str, lease: str, where: str, allowed: str) -> None:
+        user = f"system:serviceaccount:{SYSTEM}:{ACCOUNT}"
+        try:
+            answer = cluster.kubectl("auth", "can-i", verb, lease, f"--as={user}", f"--namespace={where}").strip()
+        except CommandFailed as refused:
+            answer = "no" if re.search(r"\bno\b", str(refused)) else str(refused)
+        assert answer == allowed
+
 
 class TestOperator:
     def test_makes_what_an_object_needs_and_leaves_nothing_behind(

@@ -9,6 +9,7 @@ import yaml
 from resilientllm_api.crd import API_VERSION, ResilientLLMSpec
 from resilientllm_operator.controller import WATCHED
 from resilientllm_operator.kube import RESOURCES
+from resilientllm_operator.main import parse_arguments
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 
@@ -18,7 +19,7 @@ def documents(file: str) -> list[dict[str, Any]]:
 
 
 def rules() -> list[dict[str, Any]]:
-    roles = [each for each in documents("base/rbac.yaml") if each["kind"] == "ClusterRole"]
+    roles = [each for each in documents("base/rbac.yaml") if each["kind"] in ("ClusterRole", "Role")]
     return [rule for role in roles for rule in role["rules"]]
 
 
@@ -45,13 +46,30 @@ def test_nodes_are_looked_at_and_never_touched() -> None:
     assert verbs("nodes") == {"get", "list", "watch"}
 
 
+def test_of_leases_only_its_own_is_seen_and_nowhere_else() -> None:
+    assert verbs("leases") == {"create", "get", "update"}
+    (role,) = [each for each in documents("base/rbac.yaml") if each["kind"] == "Role"]
+    for rule in role["rules"]:
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] == [parse_arguments([]).lease_name]
+
+
+def test_a_replica_is_left_when_one_is_drained_or_replaced() -> None:
+    deployment, budget = documents("base/operator.yaml")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["replicas"] > budget["spec"]["minAvailable"] >= 1
+    assert deployment["spec"]["replicas"] > deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"]
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (spread,) = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+
+
 def test_the_spec_of_users_is_never_written() -> None:
     assert verbs("resilientllms") == {"get", "list", "watch"}
     assert verbs("resilientllms/status") == {"patch"}
 
 
 def test_the_operator_meets_pod_security_restricted() -> None:
-    (deployment,) = documents("base/operator.yaml")
+    deployment, _ = documents("base/operator.yaml")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}

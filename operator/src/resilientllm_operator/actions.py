@@ -51,6 +51,9 @@ class ApplyEndpoints:
 @dataclass(frozen=True)
 class WriteStatus:
     status: ResilientLLMStatus
+    resource_version: str = ""
+    """A precondition: the object from which the status was made. A replica that has lost the lease without knowing it
+    cannot name plans any more, as every plan is named in a status before it is published."""
 
 
 @dataclass(frozen=True)

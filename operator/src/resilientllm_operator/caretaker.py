@@ -25,6 +25,7 @@ from resilientllm_operator.engines import EngineAddress, Engines
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import NAME_LABEL, Role, slice_name, token_secret_name
 from resilientllm_operator.observe import is_controlled_by, owner_of, view_object, view_pods, view_status
+from resilientllm_operator.permit import NotPermitted, Permit
 from resilientllm_operator.pods import TOKEN_KEY
 from resilientllm_operator.routing import endpoints_essence, service_essence
 from resilientllm_operator.store import Store
@@ -42,7 +43,14 @@ REFUSAL_IS_FRESH = timedelta(seconds=60)
 
 class Caretaker:
     def __init__(
-        self, kube: KubeClient, store: Store, namespace: str, name: str, uid: str, nodes: Mapping[str, NodeView]
+        self,
+        kube: KubeClient,
+        store: Store,
+        namespace: str,
+        name: str,
+        uid: str,
+        nodes: Mapping[str, NodeView],
+        permit: Permit = lambda: None,
     ) -> None:
         """``nodes``: all nodes as they are, by name; it changes with them."""
         self.uid = uid
@@ -52,7 +60,8 @@ class Caretaker:
         self._namespace = namespace
         self._name = name
         self._wake = asyncio.Event()
-        self._dispatcher = Dispatcher(kube, store, namespace, name, uid)
+        self._permit = permit
+        self._dispatcher = Dispatcher(kube, store, namespace, name, uid, permit)
         self._engines: Engines | None = None
         self._token: str | None = None
         self._token_owner = Owner.NOBODY
@@ -87,6 +96,9 @@ class Caretaker:
         with telemetry.ROUND_SECONDS.time():
             try:
                 await self._round(obj)
+            except NotPermitted:
+                telemetry.ROUNDS.labels("held").inc()
+                return True
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
                 what = str(error) or type(error).__name__
                 logger.warning("%s/%s: the API server did not do it: %s", self._namespace, self._name, what)
@@ -106,9 +118,12 @@ class Caretaker:
         except ValidationError as error:
             await self._report_unreadable(raw, error)
             return
-        if not obj.deleting:
+        if not obj.deleting and self._permit() is None:
             await self._read_token()
+        # Engines are asked all the same: they may be well while the API server is not.
         world = await self._observe(obj)
+        if (why := self._permit()) is not None:
+            raise NotPermitted(why)
         for action in decide(world, _now()):
             if isinstance(action, WriteStatus):
                 telemetry.SERVING.labels(self._namespace, self._name).set(
@@ -170,7 +185,7 @@ class Caretaker:
         words = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         after = unreadable(before, raw["metadata"].get("generation", 1), words, _now())
         if after != before:
-            await self._dispatcher.write_status(after)
+            await self._dispatcher.perform(WriteStatus(after, raw["metadata"]["resourceVersion"]), self._engines)
 
 
 def _now() -> datetime:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 
 import aiohttp
 from resilientllm_api.crd import KIND, PLURAL
 
+from resilientllm_operator import telemetry
 from resilientllm_operator.actions import Manifest
 from resilientllm_operator.caretaker import Caretaker
+from resilientllm_operator.freshness import Freshness
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import NAME_LABEL, SELECTOR
 from resilientllm_operator.observe import node_essence, view_node
@@ -19,18 +23,27 @@ from resilientllm_operator.world import NodeView
 
 logger = logging.getLogger(__name__)
 
-RELIST_SECONDS = 30.0
-"""How long a deletion that a broken watch has missed may stay unnoticed."""
+LOOK_SECONDS = 0.5
+"""Between two looks at how fresh the view is."""
 CRD_POLL_SECONDS = 2.0
 WATCHED = {KIND: "", "Node": "", "Pod": SELECTOR, "Service": SELECTOR, "EndpointSlice": SELECTOR}
 """What is watched, and the label selector. Nodes only if the operator may see them."""
 
 
 class Controller:
-    def __init__(self, kube: KubeClient, namespace: str | None) -> None:
-        """``namespace``: the only one to look after; None for all."""
+    def __init__(
+        self,
+        kube: KubeClient,
+        namespace: str | None,
+        freshness: Freshness | None = None,
+        leads: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """``namespace``: the only one to look after; None for all. ``leads``: whether this replica has the lease."""
         self._kube = kube
         self._namespace = namespace
+        self._freshness = freshness or Freshness(WATCHED)
+        self._leads = leads
+        self._held: str | None = None
         self._store = Store(self._changed)
         self._whereabouts = Whereabouts()
         self._nodes: dict[str, NodeView] = {}
@@ -41,6 +54,7 @@ class Controller:
 
     def seen(self, kind: str, event_type: str | None, obj: Manifest) -> None:
         """A watch event."""
+        self._freshness.heard(kind, time.monotonic())
         obj = node_essence(obj) if kind == "Node" else obj
         if event_type == "DELETED":
             self._store.remove(kind, obj)
@@ -67,6 +81,7 @@ class Controller:
         """An operator of one namespace may lack rights in the cluster: it works, and knows less."""
         if not await self._kube.may_list("Node"):
             self.watched = {kind: selector for kind, selector in WATCHED.items() if kind != "Node"}
+            self._freshness.forget("Node")
             logger.warning(
                 "may not list nodes: cordons, taints and conditions of nodes are not seen, and stages move away from "
                 "a node only when they are lost. Bind the ClusterRole resilientllm-operator-nodes to change that."
@@ -76,25 +91,57 @@ class Controller:
         """Until it is cancelled."""
         try:
             while True:
+                self._tell_freshness()
                 try:
                     await self._relist()
                 except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                    logger.warning("could not list: %s", str(error) or type(error).__name__)
-                await asyncio.sleep(RELIST_SECONDS if self._synced else CRD_POLL_SECONDS)
+                    logger.debug("could not list: %s", str(error) or type(error).__name__)
+                await asyncio.sleep(LOOK_SECONDS)
         finally:
             await self._stop()
 
+    def lead(self, leads: bool) -> None:
+        """This replica has got the lease, or does not have it any more. Then watches go on, and nothing else does."""
+        if leads:
+            self._take_care()
+        else:
+            for _, task in self._caretakers.values():
+                task.cancel()
+
+    def may_not_act(self) -> str | None:
+        """Why nothing may be changed now; None if it may."""
+        return self._freshness.stale(time.monotonic()) if self._leads() else "another replica has the lease"
+
     async def _relist(self) -> None:
-        for kind, selector in self.watched.items():
-            objects, version = await self._kube.list(kind, self._namespace, selector)
+        """Sets right what no watch vouches for."""
+        for kind in self._freshness.due(time.monotonic()):
+            begun = time.monotonic()
+            objects, version = await self._kube.list(kind, self._namespace, self.watched[kind])
             if kind == "Node":
                 objects = [node_essence(node) for node in objects]
             self._store.replace(kind, objects, version)
+            self._freshness.listed(kind, begun)
         if not self._synced:
             # Only now: an object whose pods are not known yet would be taken for one without pods.
             self._synced = True
-            for obj in self._store.all(KIND):
-                self._changed(KIND, obj)
+            self._take_care()
+
+    def _take_care(self) -> None:
+        for obj in self._store.all(KIND):
+            self._object_changed((obj["metadata"]["namespace"], obj["metadata"]["name"]))
+
+    def _tell_freshness(self) -> None:
+        """One line in the log when a leader has to stand still, and one when it need not any more."""
+        now = time.monotonic()
+        for kind in self.watched:
+            telemetry.VIEW_AGE.labels(kind).set(self._freshness.age(kind, now))
+        held = self._freshness.stale(now) if self._leads() and self._synced else None
+        telemetry.HELD.set(held is not None)
+        if held is not None and self._held is None:
+            logger.warning("does nothing until the view of the cluster is right again: %s", held)
+        elif held is None and self._held is not None and self._leads():
+            logger.info("the view of the cluster is right again")
+        self._held = held
 
     def _changed(self, kind: str, obj: Manifest) -> None:
         if kind == "Node":
@@ -117,7 +164,7 @@ class Controller:
                 self._object_changed(key)
 
     def _object_changed(self, key: tuple[str, str]) -> None:
-        if not self._synced:
+        if not self._synced or not self._leads():
             return
         known = self._caretakers.get(key)
         if known is not None and not known[1].done():
@@ -126,7 +173,8 @@ class Controller:
         if current is None:
             return
         if known is None or known[1].done():
-            caretaker = Caretaker(self._kube, self._store, *key, uid=current["metadata"]["uid"], nodes=self._nodes)
+            uid = current["metadata"]["uid"]
+            caretaker = Caretaker(self._kube, self._store, *key, uid, self._nodes, self.may_not_act)
             task = asyncio.create_task(caretaker.run(), name=f"caretaker {key[0]}/{key[1]}")
             # The object may have been deleted and made again while the old caretaker was on its way out.
             task.add_done_callback(lambda _: self._ended(key))

@@ -83,7 +83,7 @@ def _status(
 
 def _record(world: World, status: ResilientLLMStatus) -> Iterator[Action]:
     if status != world.object.status:
-        yield WriteStatus(status)
+        yield WriteStatus(status, world.object.resource_version)
         yield from announcements(world.object.status, status)
 
 

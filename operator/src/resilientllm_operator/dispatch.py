@@ -28,6 +28,7 @@ from resilientllm_operator.actions import (
 from resilientllm_operator.engines import EngineAddress, EngineError, Engines
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import MANAGER
+from resilientllm_operator.permit import NotPermitted, Permit
 from resilientllm_operator.pods import TOKEN_KEY
 from resilientllm_operator.store import Store
 from resilientllm_operator.world import Refusal
@@ -44,8 +45,11 @@ _REFUSED = {400, 403, 422}
 class Dispatcher:
     """Carries out the actions of one object."""
 
-    def __init__(self, kube: KubeClient, store: Store, namespace: str, name: str, uid: str) -> None:
+    def __init__(
+        self, kube: KubeClient, store: Store, namespace: str, name: str, uid: str, permit: Permit = lambda: None
+    ) -> None:
         self._kube = kube
+        self._permit = permit
         self._store = store
         self._namespace = namespace
         self._name = name
@@ -57,7 +61,12 @@ class Dispatcher:
         """Pods that the API server refuses to make, by name."""
 
     async def perform(self, action: Action, engines: Engines | None) -> None:
-        """Raises ApiError or aiohttp's errors if the API server does not do it; the round ends then."""
+        """Raises ApiError or aiohttp's errors if the API server does not do it; the round ends then.
+
+        Raises NotPermitted, and does nothing, if this replica may not act any more.
+        """
+        if (why := self._permit()) is not None:
+            raise NotPermitted(why)
         match action:
             case CreatePod():
                 await self._create_pod(action)
@@ -72,8 +81,8 @@ class Dispatcher:
                 self._store.put("EndpointSlice", await self._kube.apply("EndpointSlice", manifest))
             case CreateToken(manifest):
                 await self._create_token(manifest)
-            case WriteStatus(status):
-                await self.write_status(status)
+            case WriteStatus(status, version):
+                await self._write_status(status, version)
             case Announce():
                 await self._announce(action)
             case PublishPlan():
@@ -83,12 +92,17 @@ class Dispatcher:
                 if engines is not None:
                     self._verify(engines, action)
 
-    async def write_status(self, status: ResilientLLMStatus) -> None:
+    async def _write_status(self, status: ResilientLLMStatus, resource_version: str) -> None:
         body = {
             "apiVersion": API_VERSION,
             "kind": KIND,
             # The uid is a precondition: the status of a deleted object must not land on its namesake.
-            "metadata": {"name": self._name, "namespace": self._namespace, "uid": self._uid},
+            "metadata": {
+                "name": self._name,
+                "namespace": self._namespace,
+                "uid": self._uid,
+                "resourceVersion": resource_version,
+            },
             "status": status.model_dump(mode="json", by_alias=True, exclude_none=True),
         }
         self._store.put(KIND, await self._kube.apply(KIND, body, subresource="status"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -19,6 +19,10 @@ from resilientllm_operator.actions import Manifest
 from resilientllm_operator.names import MANAGER
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10, connect=3)
+_WRITE_TIMEOUT = aiohttp.ClientTimeout(total=4, connect=3)
+"""A write that was begun under the lease ends before another replica may take it (:mod:`lease`)."""
+PAGE = 500
+"""Objects in one answer of a list: parsing all pods of a large cluster at once would hold up all else."""
 
 RESOURCES = {
     "ResilientLLM": (f"apis/{API_VERSION}", PLURAL),
@@ -28,6 +32,7 @@ RESOURCES = {
     "EndpointSlice": ("apis/discovery.k8s.io/v1", "endpointslices"),
     "Event": ("apis/events.k8s.io/v1", "events"),
     "Node": ("api/v1", "nodes"),
+    "Lease": ("apis/coordination.k8s.io/v1", "leases"),
 }
 CLUSTER_SCOPED = {"Node"}
 
@@ -45,11 +50,17 @@ class ApiError(Exception):
 class KubeClient:
     """One session with an API server. ``headers`` is asked at every request: tokens in pods are renewed hourly."""
 
-    def __init__(self, server: str, tls: ssl.SSLContext | None, headers: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        server: str,
+        tls: ssl.SSLContext | None,
+        headers: Callable[[], Mapping[str, str]],
+        traces: Sequence[aiohttp.TraceConfig] = (),
+    ) -> None:
         self._server = server.rstrip("/")
         self._headers = headers
         connector = aiohttp.TCPConnector(ssl=tls if tls is not None else True, limit=32)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, trace_configs=list(traces))
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,9 +79,14 @@ class KubeClient:
 
     async def list(self, kind: str, namespace: str | None, selector: str = "") -> tuple[list[Manifest], int]:
         """All objects, and the resource version at which that was so."""
-        params = {"labelSelector": selector} if selector else {}
-        result = await self._request("GET", _path(kind, namespace), params=params)
-        return result["items"], int(result["metadata"]["resourceVersion"])
+        params = {"limit": str(PAGE)} | ({"labelSelector": selector} if selector else {})
+        objects: list[Manifest] = []
+        while True:
+            page = await self._request("GET", _path(kind, namespace), params=params)
+            objects += page["items"]
+            if not page["metadata"].get("continue"):
+                return objects, int(page["metadata"]["resourceVersion"])
+            params["continue"] = page["metadata"]["continue"]
 
     async def may_list(self, kind: str) -> bool:
         """Whether objects of a kind may be listed, in all namespaces where they have any."""
@@ -85,6 +101,12 @@ class KubeClient:
     async def create(self, kind: str, manifest: Manifest) -> Manifest:
         path = _path(kind, manifest["metadata"]["namespace"])
         return await self._request("POST", path, params={"fieldManager": MANAGER}, body=manifest)
+
+    async def update(self, kind: str, manifest: Manifest) -> Manifest:
+        """Replaces the object, if it still has the manifest's resource version. Raises ApiError 409 otherwise."""
+        metadata = manifest["metadata"]
+        path = _path(kind, metadata["namespace"], metadata["name"])
+        return await self._request("PUT", path, params={"fieldManager": MANAGER}, body=manifest)
 
     async def apply(self, kind: str, manifest: Manifest, subresource: str = "") -> Manifest:
         """Server-side apply. ``force``: what is ours to say, nobody else says."""
@@ -131,6 +153,7 @@ class KubeClient:
             params=params,
             data=json.dumps(body) if body is not None else None,
             headers={**self._headers(), "Content-Type": content_type, "Accept": "application/json"},
+            timeout=_TIMEOUT if method == "GET" else _WRITE_TIMEOUT,
         ) as response:
             text = await response.text()
             if response.status < 400:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import kopf
 
 from resilientllm_operator.kube import KubeClient
@@ -34,15 +35,38 @@ def choose(kubeconfig: Path | None) -> Login:
     raise kopf.LoginError("expected to run in a pod with a ServiceAccount, found no token: pass --kubeconfig FILE")
 
 
-def connect(login: Login) -> KubeClient:
+def for_kopf(login: Login, trace: aiohttp.TraceConfig) -> Any:
+    """A session that kopf watches with, and that we see through."""
     info = login()
-    tls: ssl.SSLContext | None = info.as_ssl_context() if info.server.startswith("https") else None
+    return kopf.AiohttpSession(
+        server=info.server,
+        default_namespace=info.default_namespace,
+        aiohttp_session=aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=_tls(info) or True, limit=0),
+            headers=info.as_http_headers(),
+            trace_configs=[trace],
+        ),
+    )
+
+
+def connect(login: Login, trace: aiohttp.TraceConfig) -> KubeClient:
+    info = login()
     fixed: Mapping[str, str] = info.as_http_headers()
 
     def headers() -> Mapping[str, str]:
         return {"Authorization": f"Bearer {_token()}"} if login is _from_service_account else fixed
 
-    return KubeClient(info.server, tls, headers)
+    return KubeClient(info.server, _tls(info), headers, [trace])
+
+
+def own_namespace(login: Login) -> str | None:
+    """The namespace of the pod that this runs in; None outside of one."""
+    return str(login().default_namespace) if login is _from_service_account else None
+
+
+def _tls(info: Any) -> ssl.SSLContext | None:
+    context: ssl.SSLContext | None = info.as_ssl_context() if info.server.startswith("https") else None
+    return context
 
 
 def _from_service_account() -> Any:

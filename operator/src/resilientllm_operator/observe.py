@@ -38,6 +38,7 @@ def view_object(obj: Json) -> ObjectView:
         retry=metadata.get("annotations", {}).get(RETRY_ANNOTATION),
         paused=metadata.get("annotations", {}).get(PAUSED_ANNOTATION) == "true",
         deleting="deletionTimestamp" in metadata,
+        resource_version=metadata.get("resourceVersion", ""),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -15,13 +15,20 @@ ROUND_SECONDS = Histogram("resilientllm_operator_round_seconds", "Duration of a 
 TRANSITIONS = Counter("resilientllm_operator_transitions", "Transitions that were announced.", ["reason"])
 SERVING = Gauge("resilientllm_instances_serving", "Instances that requests are sent to.", ["namespace", "name"])
 WANTED = Gauge("resilientllm_instances", "Instances asked for.", ["namespace", "name"])
+LEADER = Gauge("resilientllm_operator_leader", "1 while this replica holds the lease, and may act.")
+HELD = Gauge("resilientllm_operator_held", "1 while this replica leads and does nothing, because its view is too old.")
+VIEW_AGE = Gauge("resilientllm_operator_view_age_seconds", "Since when a kind is known as it is.", ["kind"])
 
 
 @asynccontextmanager
-async def serve(port: int) -> AsyncIterator[None]:
-    """``/healthz`` (the event loop turns) and ``/metrics``, as long as the block runs."""
+async def serve(port: int, describe: Callable[[], str]) -> AsyncIterator[None]:
+    """``/healthz`` (the event loop turns; who leads) and ``/metrics``, as long as the block runs."""
+
+    async def healthz(_: web.Request) -> web.Response:
+        return web.Response(text=f"ok: {describe()}\n")
+
     app = web.Application()
-    app.add_routes([web.get("/healthz", _healthz), web.get("/metrics", _metrics)])
+    app.add_routes([web.get("/healthz", healthz), web.get("/metrics", _metrics)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -29,10 +36,6 @@ async def serve(port: int) -> AsyncIterator[None]:
         yield
     finally:
         await runner.cleanup()
-
-
-async def _healthz(_: web.Request) -> web.Response:
-    return web.Response(text="ok\n")
 
 
 async def _metrics(_: web.Request) -> web.Response:

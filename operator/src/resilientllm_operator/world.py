@@ -32,6 +32,8 @@ class ObjectView:
     paused: bool = False
     """A person wants nothing changed that works."""
     deleting: bool = False
+    resource_version: str = ""
+    """Of the object as a whole: the status is written only if it is still this one."""
 
 
 @dataclass(frozen=True)
