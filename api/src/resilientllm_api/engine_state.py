@@ -10,6 +10,9 @@ from pydantic import Field
 
 from resilientllm_api.plan import Frozen, StageId
 
+STATE_HEARTBEAT_SECONDS = 1.0
+"""Who watches an engine's state is told it so often, whether it has changed or not."""
+
 
 class EnginePhase(StrEnum):
     """Where the engine is. ``Serving`` and ``Degraded`` take new requests."""
@@ -137,3 +140,8 @@ class EngineState(Frozen):
     requests_running: int = 0
     requests_waiting: int = 0
     tokens_recomputed_total: int = 0
+
+    @property
+    def urgent(self) -> tuple[object, ...]:
+        """What others act upon: who watches is told at once when it changes, and of the rest with the heartbeat."""
+        return self.phase, self.serving, self.leaving, self.term, self.epoch, self.plan_version, self.stages

@@ -7,7 +7,8 @@ STAGE_HEALTH_PORT = 7001
 ENGINE_API_PORT = 8000
 """vLLM's OpenAI-compatible API."""
 ENGINE_CONTROL_PORT = 8001
-"""``PUT /v1/plan`` and ``GET /v1/state`` with ``Authorization: Bearer <token>``; ``GET /healthz`` without."""
+"""``PUT /v1/plan`` and ``GET /v1/state`` (with ``?watch=true`` lines, without end) with
+``Authorization: Bearer <token>``; ``GET /healthz`` without."""
 
 PLAN_PATH = "/v1/plan"
 STATE_PATH = "/v1/state"

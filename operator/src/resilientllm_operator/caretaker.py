@@ -1,7 +1,8 @@
 """Takes care of one ResilientLLM: observe, decide, dispatch, again and again.
 
-A round runs whenever something changed, and at least twice a second, because the state of engines is asked for and
-not watched. It shares nothing with kopf's handlers, whose retries wait for up to minutes.
+A round runs whenever something changed, in the cluster or with an engine, and at least twice a second, because some
+things are a matter of time. No round waits for an engine. It shares nothing with kopf's handlers, whose retries wait
+for up to minutes.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Caretaker:
 
     async def _observe(self, obj: ObjectView) -> World:
         pods = view_pods(self._store.labelled("Pod", self._namespace, NAME_LABEL, self._name), self.uid)
-        await self._ask_engines(obj, pods)
+        self._listen_to_engines(obj, pods)
         service = self._store.get("Service", self._namespace, self._name)
         endpoints = self._store.get("EndpointSlice", self._namespace, slice_name(self._name))
         fresh = {name: it for name, it in self._dispatcher.refusals.items() if _now() - it.at < REFUSAL_IS_FRESH}
@@ -152,7 +153,7 @@ class Caretaker:
             refusals=dict(fresh),
         )
 
-    async def _ask_engines(self, obj: ObjectView, pods: tuple[PodView, ...]) -> None:
+    def _listen_to_engines(self, obj: ObjectView, pods: tuple[PodView, ...]) -> None:
         if self._engines is None:
             return
         addresses = [
@@ -161,8 +162,7 @@ class Caretaker:
         remembered = {
             each.verified.split("/")[0]: each.verified for each in obj.status.instances if each.verified is not None
         }
-        self._engines.keep((address.uid for address in addresses), remembered)
-        await asyncio.gather(*map(self._engines.ask, addresses))
+        self._engines.keep(addresses, remembered)
 
     async def _read_token(self) -> None:
         """The token that engines know us by. Read from time to time: the Secret may be deleted, or replaced."""
@@ -178,7 +178,7 @@ class Caretaker:
             if self._engines is not None:
                 await self._engines.close()
             self._token = token
-            self._engines = Engines(token) if token else None
+            self._engines = Engines(token, self.wake) if token else None
 
     async def _report_unreadable(self, raw: Manifest, error: ValidationError) -> None:
         before = view_status(raw)

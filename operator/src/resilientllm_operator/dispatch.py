@@ -55,6 +55,7 @@ class Dispatcher:
         self._name = name
         self._uid = uid
         self._verifications: dict[str, asyncio.Task[None]] = {}
+        self._publications: dict[str, asyncio.Task[None]] = {}
         self._published: dict[str, tuple[int, float]] = {}
         """By pod uid: the version that was taken last, and when (monotonic clock)."""
         self.refusals: dict[str, Refusal] = {}
@@ -87,7 +88,7 @@ class Dispatcher:
                 await self._announce(action)
             case PublishPlan():
                 if engines is not None:
-                    await self._publish(engines, action)
+                    self._publish(engines, action)
             case VerifyEngine():
                 if engines is not None:
                     self._verify(engines, action)
@@ -108,7 +109,7 @@ class Dispatcher:
         self._store.put(KIND, await self._kube.apply(KIND, body, subresource="status"))
 
     def close(self) -> None:
-        for task in self._verifications.values():
+        for task in (*self._verifications.values(), *self._publications.values()):
             task.cancel()
 
     async def _create_pod(self, action: CreatePod) -> None:
@@ -159,7 +160,13 @@ class Dispatcher:
             },
         )
 
-    async def _publish(self, engines: Engines, action: PublishPlan) -> None:
+    def _publish(self, engines: Engines, action: PublishPlan) -> None:
+        """Beside the rounds: an engine that hangs must not hold up the endpoints of the others."""
+        running = self._publications.get(action.pod_uid)
+        if running is None or running.done():
+            self._publications[action.pod_uid] = asyncio.create_task(self._tell(engines, action))
+
+    async def _tell(self, engines: Engines, action: PublishPlan) -> None:
         plan = action.plan
         version, at = self._published.get(action.pod_uid, (0, 0.0))
         if version == plan.version and time.monotonic() - at < PUBLISH_AGAIN_SECONDS:
@@ -167,7 +174,7 @@ class Dispatcher:
         try:
             await engines.publish(EngineAddress(action.pod_uid, action.ip), plan)
         except EngineError as error:
-            # The next round tries again; other engines must not wait for this one.
+            # The next round tries again.
             logger.warning("%s/%s: %s", self._namespace, self._name, error)
             return
         if version != plan.version:

@@ -1,15 +1,19 @@
-"""What the operator knows of engines, first hand: asks for their state, tells them plans, wants a token as proof."""
+"""What the operator knows of engines, first hand: hears their state, tells them plans, wants a token as proof.
+
+Each engine is listened to by a task of its own, so that one which hangs holds up nothing that is known of the others.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
 import aiohttp
-from pydantic import ValidationError
-from resilientllm_api.engine_state import EngineState
+from resilientllm_api.engine_state import STATE_HEARTBEAT_SECONDS, EngineState
 from resilientllm_api.plan import Plan
 from resilientllm_api.ports import ENGINE_API_PORT, ENGINE_CONTROL_PORT, PLAN_PATH, STATE_PATH
 
@@ -18,11 +22,13 @@ from resilientllm_operator.world import Contact, EngineView
 
 logger = logging.getLogger(__name__)
 
-_ASK_TIMEOUT = aiohttp.ClientTimeout(total=1.5)
+SILENCE_SECONDS = 4 * STATE_HEARTBEAT_SECONDS
+"""An engine that has said nothing for so long does not serve. A busy machine may miss a heartbeat or two."""
+_AGAIN_SECONDS = 0.25
+_WATCH_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=1.5, sock_read=SILENCE_SECONDS)
+_PUBLISH_TIMEOUT = aiohttp.ClientTimeout(total=1.5)
 _VERIFY_TIMEOUT = aiohttp.ClientTimeout(total=60.0)
 """The first token may have to wait for kernels to be compiled."""
-_SILENCE = 4
-"""So many unanswered questions in a row: a busy machine may miss one, and that is no reason to stop serving."""
 _PATIENCE = 5
 """So many failed verifications in a row are trouble: an engine may say that it serves before its API listens."""
 
@@ -50,13 +56,17 @@ class EngineAddress:
 
 
 class Engines:
-    """The engines of one object. ``token`` is the bearer token that they were given."""
+    """The engines of one object."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, on_change: Callable[[], None] = lambda: None) -> None:
+        """``token`` is the bearer token that they were given. ``on_change``: something that asks for a decision."""
+        self._on_change = on_change
         self._session = aiohttp.ClientSession()
         self._authorization = {"Authorization": f"Bearer {token}"}
         self._views: dict[str, EngineView] = {}
-        self._unanswered: dict[str, int] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._heard: dict[str, float] = {}
+        """When each said something last; monotonic clock."""
         self._unproven: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
@@ -66,38 +76,51 @@ class Engines:
         await self.close()
 
     async def close(self) -> None:
+        self.keep((), {})
         await self._session.close()
 
     @property
     def views(self) -> Mapping[str, EngineView]:
         return dict(self._views)
 
-    def keep(self, uids: Iterable[str], verified: Mapping[str, str]) -> None:
-        """Forgets all other engines. ``verified`` is what the status remembers of those not met yet."""
-        wanted = set(uids)
+    def keep(self, engines: Iterable[EngineAddress], verified: Mapping[str, str]) -> None:
+        """Listens to these and forgets all others. ``verified``: what the status remembers of those not met yet."""
+        wanted = {engine.uid: engine for engine in engines}
         self._views = {uid: self._views.get(uid, EngineView(verified=verified.get(uid))) for uid in wanted}
-        self._unanswered = {uid: count for uid, count in self._unanswered.items() if uid in wanted}
+        self._heard = {uid: at for uid, at in self._heard.items() if uid in wanted}
         self._unproven = {uid: count for uid, count in self._unproven.items() if uid in wanted}
+        for uid in self._watches.keys() - wanted.keys():
+            self._watches.pop(uid).cancel()
+        for uid in wanted.keys() - self._watches.keys():
+            self._watches[uid] = asyncio.create_task(self._watch(wanted[uid]), name=f"engine {wanted[uid].ip}")
 
-    async def ask(self, engine: EngineAddress) -> None:
-        """Asks one engine for its state and remembers the answer, or that there was none."""
-        try:
-            async with self._session.get(
-                engine.control + STATE_PATH, headers=self._authorization, timeout=_ASK_TIMEOUT
-            ) as response:
-                if response.status != 200:
-                    raise EngineError(f"GET {STATE_PATH} was answered with {response.status}")
-                state = EngineState.model_validate_json(await response.read())
-        except aiohttp.ClientConnectorError as error:
-            # Nobody listens: unlike silence, that is certain.
-            self._missed(engine, error, certain=True)
-        except (aiohttp.ClientError, TimeoutError, ValidationError, EngineError) as error:
-            self._missed(engine, error, certain=False)
-        else:
-            self._unanswered.pop(engine.uid, None)
-            self._update(engine.uid, contact=Contact.ANSWERS, state=state)
-            if state.phase not in KEEPS_VERIFICATION:
-                self._update(engine.uid, verified=None)
+    async def _watch(self, engine: EngineAddress) -> None:
+        """Listens to one engine for as long as it is to be known."""
+        self._heard[engine.uid] = time.monotonic()
+        while True:
+            try:
+                await self._listen(engine)
+            except aiohttp.ClientConnectorError as error:
+                # Nobody listens: unlike silence, that is certain.
+                self._missed(engine, error, certain=True)
+            except (aiohttp.ClientError, TimeoutError, ValueError, EngineError) as error:
+                self._missed(engine, error, certain=False)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _listen(self, engine: EngineAddress) -> None:
+        """Until the engine says no more. One that tells its state only once, because it is older, is asked again."""
+        async with self._session.get(
+            engine.control + STATE_PATH, params={"watch": "true"}, headers=self._authorization, timeout=_WATCH_TIMEOUT
+        ) as response:
+            if response.status != 200:
+                raise EngineError(f"GET {STATE_PATH} was answered with {response.status}")
+            async for line in response.content:
+                self._heard[engine.uid] = time.monotonic()
+                self._take(engine.uid, EngineState.model_validate_json(line))
+
+    def _take(self, uid: str, state: EngineState) -> None:
+        verified = self._views[uid].verified if state.phase in KEEPS_VERIFICATION else None
+        self._update(uid, contact=Contact.ANSWERS, state=state, verified=verified)
 
     async def publish(self, engine: EngineAddress, plan: Plan) -> None:
         """Tells an engine its plan. Raises EngineError if it does not take it."""
@@ -107,7 +130,7 @@ class Engines:
                 engine.control + PLAN_PATH,
                 data=body,
                 headers={**self._authorization, "Content-Type": "application/json"},
-                timeout=_ASK_TIMEOUT,
+                timeout=_PUBLISH_TIMEOUT,
             ) as response:
                 if response.status >= 300:
                     raise EngineError(f"engine {engine.ip} refused plan {plan.version}: {await _reason(response)}")
@@ -138,14 +161,21 @@ class Engines:
             raise EngineError(f"POST /v1/completions gave {tokens} tokens, where one was asked for")
 
     def _missed(self, engine: EngineAddress, error: Exception, *, certain: bool) -> None:
-        self._unanswered[engine.uid] = self._unanswered.get(engine.uid, 0) + 1
         logger.debug("engine %s did not tell its state: %s", engine.ip, _words(error))
-        if certain or self._unanswered[engine.uid] >= _SILENCE:
+        if certain or time.monotonic() - self._heard[engine.uid] >= SILENCE_SECONDS:
             self._update(engine.uid, contact=Contact.SILENT, state=None, verified=None)
 
     def _update(self, uid: str, **changes: object) -> None:
-        if uid in self._views:
-            self._views[uid] = replace(self._views[uid], **changes)  # type: ignore[arg-type]
+        before = self._views.get(uid)
+        if before is None:
+            return
+        after = self._views[uid] = replace(before, **changes)  # type: ignore[arg-type]
+        if _urgent(after) != _urgent(before):
+            self._on_change()
+
+
+def _urgent(view: EngineView) -> tuple[object, ...]:
+    return view.contact, view.verified, view.verify_error, view.state and view.state.urgent
 
 
 def _words(error: Exception) -> str:

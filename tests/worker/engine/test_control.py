@@ -188,7 +188,24 @@ class TestEngineCore:
 
 
 def test_an_engine_whose_api_nobody_can_reach_does_not_serve(store: PlanStore) -> None:
-    store.state = EngineState(instance=0, phase=EnginePhase.SERVING, serving=True)
+    store.tell(state=EngineState(instance=0, phase=EnginePhase.SERVING, serving=True))
     assert not store.public_state().serving
-    store.api_listens = True
+    store.tell(api_listens=True)
     assert store.public_state() == store.state
+
+
+def test_an_engine_that_was_told_to_end_serves_nothing_new(store: PlanStore) -> None:
+    store.tell(state=EngineState(instance=0, phase=EnginePhase.DEGRADED, serving=True), api_listens=True, leaving=True)
+    state = store.public_state()
+    assert (state.phase, state.serving, state.leaving) == (EnginePhase.DEGRADED, False, True)
+
+
+@pytest.mark.parametrize(
+    ("taken", "running", "waiting", "told"), [(0, 0, 0, 0), (3, 0, 0, 3), (3, 2, 1, 1), (3, 1, 0, 2), (1, 0, 5, 5)]
+)
+def test_a_request_counts_before_the_scheduler_knows_of_it(
+    store: PlanStore, taken: int, running: int, waiting: int, told: int
+) -> None:
+    state = EngineState(instance=0, phase=EnginePhase.SERVING, requests_running=running, requests_waiting=waiting)
+    store.tell(state=state, requests=taken)
+    assert store.public_state().requests_waiting == told

@@ -213,6 +213,14 @@ class LocalCluster:
     def kill_engine(self, instance: int) -> int:
         return self._kill(engine_name(instance))
 
+    def tell_engine_to_end(self, instance: int) -> int:
+        """SIGTERM, as a kubelet sends it. Returns its pid; what becomes of it is to be seen."""
+        return self._supervisor.kill(engine_name(instance), signal.SIGTERM)
+
+    def engine_exit_code(self, instance: int) -> int | None:
+        """How the engine's process before this one ended; None if there was none."""
+        return self._supervisor.status()[engine_name(instance)].last_exit_code
+
     def _kill(self, name: str) -> int:
         pid = self._supervisor.kill(name)
         self._publish()

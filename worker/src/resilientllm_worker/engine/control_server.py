@@ -1,25 +1,31 @@
 """The engine's control server: ``PUT /v1/plan``, ``GET /v1/state``, ``GET /healthz``.
 
+With ``?watch=true`` the state is a stream of JSON lines: at once when something changes that others act upon, and with
+every heartbeat, so that silence means something.
+
 Lives in the API server process, starts before vLLM is imported, and stays when EngineCore dies: it holds the plan and
 the last state. EngineCore connects over a Unix socket that only this user can open.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import logging
 import socket
 import tempfile
 import threading
 import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Header, HTTPException, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
-from resilientllm_api.engine_state import EnginePhase, EngineState
+from resilientllm_api.engine_state import STATE_HEARTBEAT_SECONDS, EnginePhase, EngineState
 from resilientllm_api.plan import Plan
 from resilientllm_api.ports import HEALTH_PATH, PLAN_PATH, STATE_PATH
 
@@ -42,10 +48,40 @@ class PlanStore:
         self.state = EngineState(instance=instance, phase=EnginePhase.STARTING, message="starts")
         """Of EngineCore. What is told outside is `public_state`."""
         self.api_listens = False
+        self.leaving = False
+        """This process was told to end."""
+        self.requests = 0
+        """What the API has taken and not answered yet: EngineCore learns of a request only when it is tokenized."""
+        self._watchers: set[Callable[[], object]] = set()
+
+    def tell(self, **changes: Any) -> None:
+        """Change what is told outside, and let those know who watch it."""
+        for name, value in changes.items():
+            setattr(self, name, value)
+        for notify in tuple(self._watchers):
+            notify()
+
+    @contextlib.contextmanager
+    def watched(self, notify: Callable[[], object]) -> Iterator[None]:
+        """``notify`` is called, by any thread, whenever there may be news."""
+        self._watchers.add(notify)
+        try:
+            yield
+        finally:
+            self._watchers.discard(notify)
 
     def public_state(self) -> EngineState:
-        """EngineCore's state; but an engine whose API nobody can reach yet does not serve."""
+        """EngineCore's state, as those outside meet it.
+
+        An engine whose API nobody can reach yet does not serve, and one that was told to end takes nothing new.
+        """
         state = self.state
+        waiting = max(state.requests_waiting, self.requests - state.requests_running)
+        if waiting != state.requests_waiting:
+            state = state.model_copy(update={"requests_waiting": waiting})
+        if self.leaving:
+            message = f"ends when {self.requests} requests are done"
+            return state.model_copy(update={"serving": False, "leaving": True, "message": message})
         if self.api_listens or not state.serving:
             return state
         return state.model_copy(
@@ -131,13 +167,12 @@ class ControlSocket:
         try:
             with peer, peer.makefile("r", encoding="utf-8") as lines:
                 for line in lines:
-                    self._store.state = EngineState.model_validate_json(line)
+                    self._store.tell(state=EngineState.model_validate_json(line))
         except (OSError, ValidationError) as error:  # killed in the middle of a line, or with a plan unread
             logger.debug("EngineCore's control socket: %s", error)
         if self._store.state.phase is not EnginePhase.FAILED:
-            self._store.state = self._store.state.model_copy(
-                update={"phase": EnginePhase.STARTING, "serving": False, "message": "EngineCore has gone"}
-            )
+            gone = {"phase": EnginePhase.STARTING, "serving": False, "message": "EngineCore has gone"}
+            self._store.tell(state=self._store.state.model_copy(update=gone))
 
 
 def make_app(store: PlanStore, token: bytes) -> FastAPI:
@@ -148,13 +183,16 @@ def make_app(store: PlanStore, token: bytes) -> FastAPI:
         if authorization is None or not hmac.compare_digest(authorization.encode(), expected):
             raise HTTPException(401, "expected the instance's token as a bearer token")
 
+    # Not in threads: what waits in a pool of threads would hold up the end of the process.
     @app.get(HEALTH_PATH)
-    def health() -> dict[str, bool]:
+    async def health() -> dict[str, bool]:
         return {"alive": True}
 
     @app.get(STATE_PATH)
-    def state(authorization: Annotated[str | None, Header()] = None) -> Response:
+    async def state(watch: bool = False, authorization: Annotated[str | None, Header()] = None) -> Response:
         authorise(authorization)
+        if watch:
+            return StreamingResponse(_states(store), media_type="application/jsonl")
         return Response(store.public_state().model_dump_json(by_alias=True), media_type="application/json")
 
     @app.put(PLAN_PATH)
@@ -176,6 +214,19 @@ def make_app(store: PlanStore, token: bytes) -> FastAPI:
     return app
 
 
+async def _states(store: PlanStore) -> AsyncIterator[str]:
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    with store.watched(lambda: loop.call_soon_threadsafe(news.set)):
+        while True:
+            told = store.public_state()
+            yield told.model_dump_json(by_alias=True) + "\n"
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATE_HEARTBEAT_SECONDS):
+                    while store.public_state().urgent == told.urgent:
+                        news.clear()
+                        await news.wait()
+
+
 def serve(app: FastAPI, host: str, port: int) -> None:
     """Serve in a thread of this process, for as long as it lives."""
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -195,7 +246,7 @@ def watch_api(store: PlanStore, host: str | None, port: int) -> None:
         while not store.api_listens:
             try:
                 socket.create_connection((target, port), API_PROBE_SECONDS).close()
-                store.api_listens = True
+                store.tell(api_listens=True)
             except OSError:
                 time.sleep(API_PROBE_SECONDS)
 
