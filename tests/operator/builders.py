@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from resilientllm_api.crd import ResilientLLMSpec, ResilientLLMStatus
 from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState, StageServing
 from resilientllm_api.plan import StageId
-from resilientllm_operator.actions import Action, ApplyEndpoints, ApplyService, WriteStatus
+from resilientllm_operator.actions import Action, ApplyBudget, ApplyEndpoints, ApplyService, WriteStatus
+from resilientllm_operator.budgets import budget_essence
 from resilientllm_operator.decide import decide
 from resilientllm_operator.instances import incarnation
 from resilientllm_operator.names import Role, Slot, pod_name, slots
@@ -171,6 +172,9 @@ def settled(world: World, at: datetime = NOW) -> World:
                 world = with_status(world, status)
             case ApplyService(manifest):
                 world = replace(world, service_owner=Owner.OURS, service=service_essence(manifest))
+            case ApplyBudget(manifest):
+                budget = {manifest["metadata"]["name"]: budget_essence(manifest)}
+                world = replace(world, budgets={**world.budgets, **budget})
             case ApplyEndpoints(manifest):
                 world = replace(world, endpoints_owner=Owner.OURS, endpoints=endpoints_essence(manifest))
     return world

@@ -29,6 +29,7 @@ def test_the_stage_command() -> None:
         "--health=0.0.0.0:7001",
         "--token-file=/etc/resilientllm/token/token",
         "--pool-fraction=0.4",
+        "--leave-timeout=300",
         "--pipeline-parallel-size=2",
         "--tensor-parallel-size=1",
         "--max-model-len=64",
@@ -175,8 +176,8 @@ def test_no_pod_is_replaced_for_other_times() -> None:
 def test_the_kubelet_waits_until_the_drain_is_over(slot: Slot, timeout: str, seconds: int) -> None:
     changed = obj(spec=spec(recovery={"drainTimeout": timeout}))
     assert build_pod(changed, slot)["spec"]["terminationGracePeriodSeconds"] == seconds + END_SECONDS
-    if slot.stage is None:
-        assert f"--shutdown-timeout={seconds}" in container(slot, recovery={"drainTimeout": timeout})["command"]
+    flag = "--shutdown-timeout" if slot.stage is None else "--leave-timeout"
+    assert f"{flag}={seconds}" in container(slot, recovery={"drainTimeout": timeout})["command"]
 
 
 @pytest.mark.parametrize("labels", [{}, {"resilientllm.dev/role": "cook"}, {"resilientllm.dev/role": "stage"}])

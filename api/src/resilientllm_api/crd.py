@@ -40,8 +40,8 @@ PAUSED_ANNOTATION = f"{GROUP}/paused"
 # The operator sets these itself; a second value would make engine and stages disagree about the pipeline.
 _OWN_FLAGS = (
     "model|host|port|served-model-name|pipeline-parallel-size|tensor-parallel-size|distributed-executor-backend|"
-    "scheduler-cls|instance|stage|listen|health|plan-file|control|token-file|pool-fraction|shutdown-timeout|api-key|uds|"
-    "ssl-[a-z-]+"
+    "scheduler-cls|instance|stage|listen|health|plan-file|control|token-file|pool-fraction|leave-timeout|shutdown-timeout|"
+    "api-key|uds|ssl-[a-z-]+"
 )
 _QUANTITY = (
     r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))"

@@ -49,6 +49,11 @@ class ApplyEndpoints:
 
 
 @dataclass(frozen=True)
+class ApplyBudget:
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
 class WriteStatus:
     status: ResilientLLMStatus
     resource_version: str = ""
@@ -88,6 +93,7 @@ Action = (
     | DeletePod
     | ApplyService
     | ApplyEndpoints
+    | ApplyBudget
     | WriteStatus
     | Announce
     | PublishPlan

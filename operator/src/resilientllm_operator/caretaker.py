@@ -19,12 +19,13 @@ from resilientllm_api.crd import KIND
 
 from resilientllm_operator import telemetry
 from resilientllm_operator.actions import Manifest, WriteStatus
+from resilientllm_operator.budgets import budget_essence
 from resilientllm_operator.conditions import unreadable
 from resilientllm_operator.decide import decide
 from resilientllm_operator.dispatch import Dispatcher
 from resilientllm_operator.engines import EngineAddress, Engines
 from resilientllm_operator.kube import ApiError, KubeClient
-from resilientllm_operator.names import NAME_LABEL, Role, slice_name, token_secret_name
+from resilientllm_operator.names import NAME_LABEL, Role, budget_name, slice_name, token_secret_name
 from resilientllm_operator.observe import is_controlled_by, owner_of, view_object, view_pods, view_status
 from resilientllm_operator.permit import NotPermitted, Permit
 from resilientllm_operator.pods import TOKEN_KEY
@@ -150,8 +151,18 @@ class Caretaker:
             service=service_essence(service) if service else None,
             endpoints_owner=owner_of(endpoints, self.uid),
             endpoints=endpoints_essence(endpoints) if endpoints else None,
+            budgets=self._budgets(obj),
             refusals=dict(fresh),
         )
+
+    def _budgets(self, obj: ObjectView) -> dict[str, Manifest | None]:
+        names = (budget_name(self._name, stage) for stage in (None, *range(obj.spec.stages)))
+        known = {name: self._store.get("PodDisruptionBudget", self._namespace, name) for name in names}
+        return {
+            name: budget_essence(budget) if is_controlled_by(budget, self.uid) else None
+            for name, budget in known.items()
+            if budget is not None
+        }
 
     def _listen_to_engines(self, obj: ObjectView, pods: tuple[PodView, ...]) -> None:
         if self._engines is None:

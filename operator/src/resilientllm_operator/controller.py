@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
 """Between two looks at how fresh the view is."""
 CRD_POLL_SECONDS = 2.0
-WATCHED = {KIND: "", "Node": "", "Pod": SELECTOR, "Service": SELECTOR, "EndpointSlice": SELECTOR}
+WATCHED = {
+    KIND: "",
+    "Node": "",
+    "Pod": SELECTOR,
+    "Service": SELECTOR,
+    "EndpointSlice": SELECTOR,
+    "PodDisruptionBudget": SELECTOR,
+}
 """What is watched, and the label selector. Nodes only if the operator may see them."""
 
 

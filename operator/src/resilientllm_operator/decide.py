@@ -14,6 +14,7 @@ from resilientllm_api.crd import DrainStatus, HoldStatus, InstanceStatus, PlanSt
 from resilientllm_operator import capacity, draining, planning, routing
 from resilientllm_operator.actions import (
     Action,
+    ApplyBudget,
     ApplyEndpoints,
     ApplyService,
     CreateToken,
@@ -21,6 +22,7 @@ from resilientllm_operator.actions import (
     WriteStatus,
 )
 from resilientllm_operator.announcements import announcements
+from resilientllm_operator.budgets import budget_essence, build_budgets
 from resilientllm_operator.changing import change
 from resilientllm_operator.conditions import conditions
 from resilientllm_operator.failure_domains import ranked_donors
@@ -51,6 +53,7 @@ def decide(world: World, now: datetime) -> list[Action]:
         *planning.publications(world, plans),
         *_verifications(world),
         *_token(world),
+        *_budgets(world),
         *(capacity.pod_changes(world, hold, expendable, now) if world.token is not Owner.FOREIGN else ()),
     ]
 
@@ -115,6 +118,14 @@ def _token(world: World) -> Iterator[Action]:
                 },
             }
         )
+
+
+def _budgets(world: World) -> Iterator[Action]:
+    """Before the pods that they are about."""
+    for budget in build_budgets(world.object):
+        name = budget["metadata"]["name"]
+        if name not in world.budgets or world.budgets[name] not in (None, budget_essence(budget)):
+            yield ApplyBudget(budget)
 
 
 def _verifications(world: World) -> Iterator[Action]:

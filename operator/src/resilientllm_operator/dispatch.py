@@ -15,6 +15,7 @@ from resilientllm_operator import telemetry
 from resilientllm_operator.actions import (
     Action,
     Announce,
+    ApplyBudget,
     ApplyEndpoints,
     ApplyService,
     CreatePod,
@@ -80,6 +81,8 @@ class Dispatcher:
                 self._store.put("Service", await self._kube.apply("Service", manifest))
             case ApplyEndpoints(manifest):
                 self._store.put("EndpointSlice", await self._kube.apply("EndpointSlice", manifest))
+            case ApplyBudget(manifest):
+                self._store.put("PodDisruptionBudget", await self._kube.apply("PodDisruptionBudget", manifest))
             case CreateToken(manifest):
                 await self._create_token(manifest)
             case WriteStatus(status, version):

@@ -30,6 +30,7 @@ RESOURCES = {
     "Secret": ("api/v1", "secrets"),
     "Service": ("api/v1", "services"),
     "EndpointSlice": ("apis/discovery.k8s.io/v1", "endpointslices"),
+    "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
     "Event": ("apis/events.k8s.io/v1", "events"),
     "Node": ("api/v1", "nodes"),
     "Lease": ("apis/coordination.k8s.io/v1", "leases"),

@@ -76,6 +76,11 @@ def slice_name(name: str) -> str:
     return f"{name}-engines"
 
 
+def budget_name(name: str, stage: int | None) -> str:
+    """Of the budget of a stage's copies; None: of the engines."""
+    return slice_name(name) if stage is None else f"{name}-s{stage}"
+
+
 def common_labels(name: str) -> dict[str, str]:
     return {
         "app.kubernetes.io/name": "resilientllm",

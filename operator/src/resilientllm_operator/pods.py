@@ -180,6 +180,7 @@ def _stage_command(obj: ObjectView, slot: Slot) -> list[str]:
         f"--health=0.0.0.0:{STAGE_HEALTH_PORT}",
         f"--token-file={TOKEN_FOLDER}/{TOKEN_KEY}",
         f"--pool-fraction={obj.spec.replication.pool_percent / 100}",
+        f"--leave-timeout={_drain_seconds(obj.spec)}",
         *_parallelism(obj.spec),
         *obj.spec.args,
     ]

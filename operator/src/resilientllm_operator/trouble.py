@@ -104,6 +104,7 @@ def _names_taken(world: World) -> Iterator[Trouble]:
         (world.token, f"Secret {token_secret_name(name)}"),
         (world.service_owner, f"Service {name}"),
         (world.endpoints_owner, f"EndpointSlice {slice_name(name)}"),
+        *((Owner.FOREIGN, f"PodDisruptionBudget {each}") for each, ours in world.budgets.items() if ours is None),
     ):
         if owner is Owner.FOREIGN:
             yield Trouble(

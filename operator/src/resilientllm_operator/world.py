@@ -186,6 +186,8 @@ class World:
     endpoints_owner: Owner = Owner.NOBODY
     endpoints: Mapping[str, Any] | None = None
     """The same of the EndpointSlice."""
+    budgets: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    """The PodDisruptionBudgets of our names, as :func:`budgets.budget_essence` has them; None: somebody else's."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By pod name."""
 
