@@ -17,7 +17,16 @@ from resilientllm_operator.instances import incarnation
 from resilientllm_operator.names import Role, Slot, pod_name, slots
 from resilientllm_operator.pods import spec_hash
 from resilientllm_operator.routing import endpoints_essence, service_essence
-from resilientllm_operator.world import Contact, EngineView, ObjectView, Owner, PodView, World
+from resilientllm_operator.world import (
+    Contact,
+    EngineView,
+    NodeCondition,
+    NodeView,
+    ObjectView,
+    Owner,
+    PodView,
+    World,
+)
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 A = TypeVar("A")
@@ -152,6 +161,30 @@ def with_pod(world: World, slot: Slot, **changes: Any) -> World:
 
 def without_pod(world: World, slot: Slot) -> World:
     return replace(world, pods=tuple(p for p in world.pods if p.slot != slot))
+
+
+def with_nodes(world: World, *names: str) -> World:
+    """The operator sees nodes: those of the pods, one that is free, and ``names``; all are well."""
+    known = {pod.node for pod in world.pods if pod.node} | {"node-free", *names}
+    return replace(world, nodes={name: NodeView(name, conditions={"Ready": NodeCondition("True")}) for name in known})
+
+
+def with_node(world: World, name: str, **changes: Any) -> World:
+    """Changes one node."""
+    seen = world if world.nodes else with_nodes(world)
+    return replace(seen, nodes={**seen.nodes, name: replace(seen.nodes[name], **changes)})
+
+
+def with_condition(world: World, node: str, kind: str, status: str = "True", **changes: Any) -> World:
+    """Says something of a node."""
+    seen = world if world.nodes else with_nodes(world)
+    conditions = {**seen.nodes[node].conditions, kind: NodeCondition(status, **changes)}
+    return with_node(seen, node, conditions=conditions)
+
+
+def without_node(world: World, name: str) -> World:
+    seen = world if world.nodes else with_nodes(world)
+    return replace(seen, nodes={known: node for known, node in seen.nodes.items() if known != name})
 
 
 def with_status(world: World, status: ResilientLLMStatus) -> World:

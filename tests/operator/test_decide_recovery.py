@@ -111,6 +111,29 @@ class TestABorrowedStage:
         assert status_of(world).recoveries[0].donor is None
 
 
+class TestAStageThatMoves:
+    MOVE = Recovery(
+        id="r1",
+        kind=RecoveryKind.MOVE,
+        stages=(1,),
+        served_by=(StageId(instance=0, stage=0), StageId(instance=1, stage=1)),
+        detected_at=NOW,
+        resumed_at=NOW + timedelta(milliseconds=12),
+    )
+
+    def test_is_no_loss(self) -> None:
+        world = with_engine(healthy_world(), 0, borrowed(0, 1, donor=1, recoveries=(self.MOVE,)))
+        (moved, _) = of_type(decided(world), Announce)
+        assert moved.reason == "Moved" and not moved.warning
+        assert "1.1 has taken over" in moved.note
+        assert status_of(world).last_recovery is None
+
+    def test_is_recorded_with_its_return(self) -> None:
+        world = settled(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1, recoveries=(self.MOVE,))))
+        home = with_engine(world, 0, engine_state(0, recoveries=(self.MOVE, SWAP_BACK)))
+        assert status_of(home).recoveries[0].restored_at == SWAP_BACK.resumed_at
+
+
 class TestAStageThatComesBack:
     def test_ends_the_degradation(self) -> None:
         assert condition(restored(), "Degraded")[0] == "False"

@@ -81,7 +81,8 @@ class TestBadConfiguration:
 
     def test_a_process_that_recovered_is_not_held_against_it(self) -> None:
         world = with_pod(healthy_world(), stage(0, 0), last_exit=BAD_PATH)
-        assert decided(world) == []
+        assert decided(settled(world)) == []
+        assert status_of(world).hold is None
 
     def test_stops_a_roll_out_where_it_is(self) -> None:
         world = with_spec(healthy_world(), args=["--nonsense"])

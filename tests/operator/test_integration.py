@@ -198,7 +198,14 @@ class TestObjects:
     def test_get_defaults(self, cluster: Cluster, namespace: str) -> None:
         apply(cluster, manifest())
         spec = read(cluster, "rllm/tiny")["spec"]
-        times = {"waitForDonor": "30s", "heartbeatInterval": "250ms", "heartbeatTimeout": "3s", "drainTimeout": "5m"}
+        times = {
+            "waitForDonor": "30s",
+            "heartbeatInterval": "250ms",
+            "heartbeatTimeout": "3s",
+            "mode": "Act",
+            "repeatOffender": {"failures": 3, "window": "1h"},
+            "drainTimeout": "5m",
+        }
         assert spec["recovery"] == times
         assert spec["replication"] == {"mode": "Ring", "poolPercent": 100, "topologyKey": "kubernetes.io/hostname"}
         assert (spec["tensorParallelSize"], spec["service"]) == (1, {"port": 80})

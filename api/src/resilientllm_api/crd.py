@@ -197,8 +197,54 @@ class Replication(CrdModel):
     keeps its KV blocks and stands in for it first; if none is free, the condition ReplicationHealthy says so."""
 
 
+class RecoveryMode(StrEnum):
+    ACT = "Act"
+    OBSERVE = "Observe"
+
+
+class NodeAction(StrEnum):
+    """What follows for a stage from what is said of its node, the mildest first."""
+
+    IGNORE = "Ignore"
+    WARN = "Warn"
+    """It is told, in status and event."""
+    MOVE = "Move"
+    """It still works: another pod is made elsewhere, and engines move to it without losing anything."""
+    BORROW = "Borrow"
+    """It is not to be trusted: donors stand in at once, and another pod is made elsewhere."""
+
+
+class NodeConditionRule(CrdModel):
+    """What a condition of a node means for the stages there."""
+
+    type: Annotated[str, Field(min_length=1, max_length=316)]
+    """Of the node's condition, such as GpuMemWatch."""
+    status: Annotated[str, Field(json_schema_extra={"enum": ["True", "False", "Unknown"]})] = "True"
+    action: NodeAction
+    """Ignore: nothing. Warn: status and event say so. Move: the stage still works, so engines move to a donor and then
+    to a new pod elsewhere, without losing anything. Borrow: the stage is not to be trusted, so donors stand in at
+    once."""
+
+
+class RepeatOffender(CrdModel):
+    """When a node is avoided: no stage is placed there any more, and those that are there move away."""
+
+    model_config = ConfigDict(
+        json_schema_extra=validated(
+            rule(
+                "duration(self.window) >= duration('1m') && duration(self.window) <= duration('168h')",
+                "recovery.repeatOffender.window must be from 1m to 168h",
+            )
+        )
+    )
+
+    failures: Annotated[int, Field(ge=2, le=10)] = 3
+    """So many failures of stages on one node, in the window."""
+    window: Duration = "1h"
+
+
 class RecoveryPolicy(CrdModel):
-    """Times after which an engine acts on its own, without the operator."""
+    """Times after which an engine acts on its own, and what the operator makes of trouble."""
 
     model_config = ConfigDict(
         json_schema_extra=validated(
@@ -230,6 +276,22 @@ class RecoveryPolicy(CrdModel):
     """How long at most requests may run on in an instance that gives way (a roll-out, fewer instances) or an engine pod
     that is told to end (an eviction), which get no new ones. What still runs then is cut off. It is the pods' grace
     period, too: a change restarts nothing, and holds for evictions of the pods that are made from then on."""
+    mode: RecoveryMode = RecoveryMode.ACT
+    """Observe: the operator decides and reports, in status.wouldDo and events, and touches no pod; endpoints and status
+    stay true, and engines go on helping themselves."""
+    node_conditions: Annotated[
+        tuple[NodeConditionRule, ...],
+        Field(
+            max_length=64,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type", "status"]},
+        ),
+    ] = ()
+    """What conditions of nodes mean for the stages there. Added to the built-in list, which has the conditions that
+    NVSentinel sets: Borrow for SysLogsGPUFallenOff; Warn for GpuDcgmConnectivityFailure and GpuCpusetWatch; Move for
+    GpuMemWatch, GpuThermalWatch, GpuPcieWatch, GpuPowerWatch, GpuInforomWatch, GpuSmWatch, GpuNvlinkWatch, GpuMcuWatch,
+    GpuPmuWatch, GpuDriverWatch, SysLogsXIDError, SysLogsSXIDError, NVSwitchFatalError and NVSwitchDown. An entry for
+    one of these says otherwise; Ignore switches it off."""
+    repeat_offender: RepeatOffender = RepeatOffender()
 
 
 class ServicePolicy(CrdModel):
@@ -301,6 +363,10 @@ class ConditionType(StrEnum):
     """The operator works on it, or waits for the cluster. False: done, or it waits for a person."""
     REPLICATION_HEALTHY = "ReplicationHealthy"
     """Every place's KV blocks are kept by a second stage. Says what a loss would cost; Ready does not depend on it."""
+    RECOVERING = "Recovering"
+    """A re-stitch, a move, or the replacement of a stage is under way."""
+    STALLED = "Stalled"
+    """Waiting does not help: a person must do something. The reason says what kind of matter it is."""
 
 
 class ConditionStatus(StrEnum):
@@ -322,6 +388,15 @@ class Condition(CrdModel):
     """For people: what is the matter with which object, and what to do."""
 
 
+class ExitStatus(CrdModel):
+    """How a container ended last."""
+
+    code: int
+    message: str = ""
+    """Its last lines."""
+    at: datetime | None = None
+
+
 class StageStatus(CrdModel):
     stage: int
     pod: str | None = None
@@ -338,6 +413,15 @@ class StageStatus(CrdModel):
     """The stage that keeps copies of the KV blocks that are made there, as instance.stage; absent if nobody does."""
     lag_seconds: int | None = None
     """How long the oldest full KV block has been waiting to be copied, rounded down to 0 or a power of two."""
+    leaving: str | None = None
+    """Why the stage should not stay where it is; absent if nothing speaks against it."""
+    warning: str | None = None
+    """What is said of its pod or node, and has no consequence."""
+    successor: str | None = None
+    """The pod that is to take the place of this one."""
+    restarts: int = 0
+    """Of the container, in this pod."""
+    last_exit: ExitStatus | None = None
 
 
 class InstancePhase(StrEnum):
@@ -413,6 +497,58 @@ class RecoveryStatus(CrdModel):
     """Tokens of these requests whose KV cache was there: with the survivors, and as copies with the donor."""
 
 
+class FailureCause(StrEnum):
+    EXITED = "Exited"
+    """The process ended."""
+    ENDED = "Ended"
+    """The pod ended: it was evicted, or the node was shut down."""
+    SILENT = "Silent"
+    """The process was not heard any more, and did not end."""
+    DEVICE_UNHEALTHY = "DeviceUnhealthy"
+    """The kubelet says that a device of the pod is not well."""
+    NODE_LOST = "NodeLost"
+    """The node is not Ready, or does not exist any more."""
+    NODE_CONDITION = "NodeCondition"
+    """A condition of the node says that stages should not be there."""
+
+
+class FailureStatus(CrdModel):
+    """One failure of a stage, or of the node that it was on."""
+
+    at: datetime
+    cause: FailureCause
+    stage: str | None = None
+    """As instance.stage; absent if it is a matter of the node."""
+    pod: str | None = None
+    node: str | None = None
+    exit_code: int | None = None
+    message: str = ""
+    """The last line of the process, or what was said of the device or node."""
+
+
+class NodeStatus(CrdModel):
+    """A node that is avoided."""
+
+    name: str
+    failures: int
+    """In the window."""
+    evidence: str
+    """The failures, newest first."""
+    until: datetime
+    """When the oldest of those that count leaves the window."""
+
+
+class BreakerStatus(CrdModel):
+    """The breaker for correlated faults. While it is tripped, nothing that may still work is moved or deleted."""
+
+    tripped: bool
+    at: datetime
+    """When it tripped, or was reset."""
+    message: str = ""
+    retry: str | None = None
+    """The value of the retry annotation at that time; another value resets the breaker."""
+
+
 class PlanStatus(CrdModel):
     """Which plan was published. Written before the plan is sent, so that a version never names two plans."""
 
@@ -476,6 +612,18 @@ class ResilientLLMStatus(CrdModel):
     plan: PlanStatus | None = None
     hold: HoldStatus | None = None
     drain: DrainStatus | None = None
+    failures: Annotated[
+        tuple[FailureStatus, ...], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = ()
+    """The last failures of stages and their nodes, oldest first."""
+    nodes: Annotated[
+        tuple[NodeStatus, ...],
+        Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+    ] = ()
+    """Nodes that are avoided because stages failed there again and again."""
+    breaker: BreakerStatus | None = None
+    would_do: Annotated[tuple[str, ...], Field(json_schema_extra={"x-kubernetes-list-type": "atomic"})] = ()
+    """What would be done, if spec.recovery.mode were Act."""
 
 
 class ResilientLLM(CrdModel):

@@ -22,6 +22,8 @@ class CreateToken:
 @dataclass(frozen=True)
 class CreatePod:
     manifest: Manifest
+    why: str = ""
+    """For one that is to take the place of another that still is there."""
 
     @property
     def name(self) -> str:
@@ -99,3 +101,14 @@ Action = (
     | PublishPlan
     | VerifyEngine
 )
+
+
+def in_words(change: CreateToken | CreatePod | DeletePod) -> str:
+    """What would be done, where nothing may be."""
+    match change:
+        case CreateToken(manifest):
+            return f"make Secret {manifest['metadata']['name']}"
+        case CreatePod():
+            return f"make pod {change.name}{f': {change.why}' if change.why else ''}"
+        case DeletePod(name, _, why):
+            return f"delete pod {name}: {why}"

@@ -40,6 +40,11 @@ def announcements(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iter
         yield from _instance(old.get(instance.instance), instance)
     yield from _troubles(before, after)
     yield from _replication(before, after)
+    yield from _stages(before, after)
+    yield from _nodes(before, after)
+    yield from (
+        Announce(EventReason.WOULD_ACT, f"Would {each}.") for each in after.would_do if each not in before.would_do
+    )
 
 
 def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
@@ -51,6 +56,10 @@ def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterat
         if each.kind is RecoveryKind.SWAP_BACK:
             note = f"Instance {each.instance} runs on its own stage {places} again."
             yield Announce(EventReason.SWAPPED_BACK, note)
+            continue
+        if each.kind is RecoveryKind.MOVE:
+            note = f"Stage {places} is to go and still works: {each.donor} has taken over, without a loss."
+            yield Announce(EventReason.MOVED, note)
             continue
         who = f"{each.donor} stands in" if each.donor else "its own process came back, nobody else stood in"
         yield Announce(
@@ -100,6 +109,37 @@ def _replication(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Itera
     elif now.status is ConditionStatus.FALSE and now.reason != Reason.DISABLED:
         # Who switched it off need not be warned of it.
         yield Announce(EventReason.REPLICATION_UNHEALTHY, now.message, warning=True)
+
+
+def _stages(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
+    old = {(each.instance, stage.stage): stage for each in before.instances for stage in each.stages}
+    for instance in after.instances:
+        for now in instance.stages:
+            then, place = old.get((instance.instance, now.stage)), f"{instance.instance}.{now.stage}"
+            if now.leaving is not None and (then is None or then.leaving is None):
+                yield Announce(EventReason.STAGE_LEAVING, f"Stage {place} is to leave its place: {now.leaving}.", True)
+            if now.warning is not None and (then is None or then.warning is None):
+                yield Announce(EventReason.NODE_WARNING, f"Stage {place}: {now.warning}.", True)
+            if then is None or then.pod is None or now.pod is None:
+                continue
+            if now.pod != then.pod:
+                note = f"Stage {place} is in pod {now.pod} on node {now.node} now; it was in pod {then.pod}."
+                yield Announce(EventReason.STAGE_REPLACED, note)
+            elif then.leaving is not None and now.leaving is None:
+                yield Announce(EventReason.STAGE_STAYS, f"Stage {place} stays where it is: {then.leaving} is over.")
+
+
+def _nodes(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:
+    avoided = {each.name for each in before.nodes}
+    for node in after.nodes:
+        if node.name not in avoided:
+            note = f"Node {node.name} is avoided: {node.failures} failures of stages there. {node.evidence}."
+            yield Announce(EventReason.NODE_AVOIDED, note, True)
+    was, now = (each is not None and each.tripped for each in (before.breaker, after.breaker))
+    if after.breaker is not None and now and not was:
+        yield Announce(EventReason.BREAKER_TRIPPED, after.breaker.message, True)
+    elif was and not now:
+        yield Announce(EventReason.BREAKER_RESET, "What speaks against nodes has consequences again.")
 
 
 def _condition(status: ResilientLLMStatus, kind: ConditionType) -> Condition | None:

@@ -8,9 +8,13 @@ from datetime import datetime, timedelta
 from resilientllm_api.crd import HoldStatus
 
 from resilientllm_operator.actions import CreatePod, DeletePod
-from resilientllm_operator.names import Slot, slots
+from resilientllm_operator.assessment import Assessment
+from resilientllm_operator.breaker import Restraint
+from resilientllm_operator.names import Role, Slot, slots
+from resilientllm_operator.node_affinity import keep_off
 from resilientllm_operator.pods import build_pod, spec_hash
-from resilientllm_operator.world import PodView, World
+from resilientllm_operator.succession import is_to_go, successor_of
+from resilientllm_operator.world import PodView, World, last_line
 
 REFUSED_POD_RETRY = timedelta(seconds=15)
 """A quota or a policy may change; asking in every round would only fill logs."""
@@ -39,10 +43,6 @@ def hold_of(world: World, now: datetime) -> HoldStatus | None:
     return None
 
 
-def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
-
-
 def is_wanted(world: World, slot: Slot) -> bool:
     return slot in slots(world.object.spec.instances, world.object.spec.stages)
 
@@ -53,9 +53,16 @@ def is_outdated(world: World, pod: PodView) -> bool:
 
 
 def pod_changes(
-    world: World, hold: HoldStatus | None, expendable: Mapping[int, int | None], now: datetime
+    world: World,
+    hold: HoldStatus | None,
+    expendable: Mapping[int, int | None],
+    assessment: Assessment,
+    now: datetime,
 ) -> Iterator[CreatePod | DeletePod]:
-    """The next pods to make and to delete; ``expendable`` as :func:`draining.expendable` has it."""
+    """The next pods to make and to delete; ``expendable`` as :func:`draining.expendable` has it.
+
+    What would be done in mode Observe is decided as if it were to be done.
+    """
     wanted = slots(world.object.spec.instances, world.object.spec.stages)
     for pod in world.pods:
         if pod.slot not in wanted and not pod.leaving:
@@ -65,21 +72,40 @@ def pod_changes(
         elif pod.ended:
             yield DeletePod(pod.name, pod.uid, f"{pod.slot} has ended and will not run again")
     for slot in wanted:
-        keep, *surplus = world.live(slot) or (None,)
-        for pod in surplus:
-            assert pod is not None
-            yield DeletePod(pod.name, pod.uid, f"{slot} has another pod already")
-        if keep is None:
-            if hold is None:
-                yield from _create(world, slot, now)
-        elif hold is not None and keep.rejected_configuration:
-            yield DeletePod(keep.name, keep.uid, f"{slot} cannot work as configured")
+        yield from _fill(world, slot, hold, assessment, now)
     if hold is None:
         yield from _roll_out(world, expendable)
 
 
-def _create(world: World, slot: Slot, now: datetime) -> Iterator[CreatePod]:
-    create = CreatePod(build_pod(world.object, slot, [pod.uid for pod in world.leaving(slot)]))
+def _fill(
+    world: World, slot: Slot, hold: HoldStatus | None, assessment: Assessment, now: datetime
+) -> Iterator[CreatePod | DeletePod]:
+    """Makes of the pods of a slot the one that is to fill it, and its successor where it has to go."""
+    restrained = assessment.restraint in (Restraint.PAUSED, Restraint.TRIPPED)
+    keep, signals = world.current(slot), assessment.signals
+    following = successor_of(world, keep, signals) if keep is not None else None
+    goes = keep is not None and (keep.leaving or is_to_go(keep, signals))
+    for pod in world.live(slot):
+        if hold is not None and pod.rejected_configuration:
+            yield DeletePod(pod.name, pod.uid, f"{slot} cannot work as configured")
+        elif pod is keep or (pod is following and goes):
+            if pod.unschedulable is not None and pod.kept_off - assessment.unfit_nodes(world):
+                yield DeletePod(pod.name, pod.uid, f"{slot} finds no node, and was kept off nodes that are fit again")
+        elif not (restrained and pod.ready):
+            assert keep is not None
+            reason = f": {signals[pod.uid].reason}" if is_to_go(pod, signals) else ""
+            yield DeletePod(pod.name, pod.uid, f"{slot} has pod {keep.name}{reason}")
+    if hold is not None or following is not None:
+        return
+    if keep is None or keep.leaving:
+        yield from _create(world, slot, assessment, now)
+    elif goes and not restrained and not is_outdated(world, keep):
+        yield from _create(world, slot, assessment, now, signals[keep.uid].reason)
+
+
+def _create(world: World, slot: Slot, assessment: Assessment, now: datetime, why: str = "") -> Iterator[CreatePod]:
+    pod = build_pod(world.object, slot, [pod.uid for pod in world.pods if pod.slot == slot])
+    create = CreatePod(keep_off(pod, assessment.unfit_nodes(world)) if slot.role is Role.STAGE else pod, why)
     refusal = world.refusals.get(create.name)
     if refusal is None or now - refusal.at >= REFUSED_POD_RETRY:
         yield create

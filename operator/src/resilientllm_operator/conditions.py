@@ -22,6 +22,7 @@ from resilientllm_api.crd import (
 from resilientllm_api.reasons import Reason
 
 from resilientllm_operator.names import slots
+from resilientllm_operator.recovering import recovering
 from resilientllm_operator.replication import replication_healthy
 from resilientllm_operator.trouble import Trouble
 from resilientllm_operator.verdict import Verdict
@@ -38,16 +39,19 @@ def conditions(
     now: datetime,
     drain: DrainStatus | None = None,
     change: Verdict | None = None,
+    would_do: Sequence[str] = (),
 ) -> tuple[Condition, ...]:
-    """``change``: as :func:`changing.change` has it."""
+    """``change``: as :func:`changing.change` has it. ``would_do``: what is not done in mode Observe."""
     stopped = change is not None and change.status is False
     yielding = drain.instance if drain is not None and not stopped else None
     verdicts = (
         _ready(world, instances, troubles, yielding, change),
         _available(instances, troubles),
         _degraded(instances, troubles, yielding),
-        _progressing(world, instances, troubles, change),
+        _observed(would_do) or _progressing(world, instances, troubles, change),
         replication_healthy(world, instances),
+        recovering(instances),
+        _stalled(troubles, change, would_do),
     )
     return tuple(_condition(world, verdict, now) for verdict in verdicts)
 
@@ -116,6 +120,10 @@ def _progressing(
     at_home = all(each.phase is InstancePhase.SERVING and each.serving for each in instances)
     if change is not None:
         return change
+    moving = [f"{each.instance}.{stage.stage}" for each in instances for stage in each.stages if stage.successor]
+    if moving and not missing:
+        message = f"Stage {', '.join(moving)} is to go: waits until its next pod can take over."
+        return Verdict(ConditionType.PROGRESSING, True, Reason.MOVING, message)
     if at_home and not missing:
         return Verdict(ConditionType.PROGRESSING, False, Reason.AS_SPECIFIED, "All pods run as the spec says.")
     if all(each.first_served_at for each in instances):
@@ -125,6 +133,24 @@ def _progressing(
         return Verdict(ConditionType.PROGRESSING, True, Reason.RESTORING_CAPACITY, message)
     waiting = _waiting(world, instances)
     return Verdict(ConditionType.PROGRESSING, True, waiting.reason, waiting.message)
+
+
+def _observed(would_do: Sequence[str]) -> Verdict | None:
+    if not would_do:
+        return None
+    message = f"spec.recovery.mode is Observe. In mode Act the operator would: {_listed(would_do)}."
+    return Verdict(ConditionType.PROGRESSING, False, Reason.OBSERVE_ONLY, message)
+
+
+def _stalled(troubles: Sequence[Trouble], change: Verdict | None, would_do: Sequence[str]) -> Verdict:
+    """Abnormal when true, as kstatus has it: for those who only want to know whether to wait."""
+    if troubles:
+        return Verdict(ConditionType.STALLED, True, troubles[0].reason, _with_others(troubles))
+    if (observed := _observed(would_do)) is not None:
+        return Verdict(ConditionType.STALLED, True, observed.reason, observed.message)
+    if change is not None and change.reason is Reason.ROLL_OUT_STOPPED:
+        return Verdict(ConditionType.STALLED, True, change.reason, change.message)
+    return Verdict(ConditionType.STALLED, False, Reason.AS_SPECIFIED, "Nothing waits for a person.")
 
 
 def _waiting(world: World, instances: Sequence[InstanceStatus]) -> Trouble:

@@ -17,11 +17,16 @@ from resilientllm_operator.actions import (
     ApplyBudget,
     ApplyEndpoints,
     ApplyService,
+    CreatePod,
     CreateToken,
+    DeletePod,
     VerifyEngine,
     WriteStatus,
+    in_words,
 )
 from resilientllm_operator.announcements import announcements
+from resilientllm_operator.assessment import Assessment, assess, with_findings
+from resilientllm_operator.breaker import Restraint
 from resilientllm_operator.budgets import budget_essence, build_budgets
 from resilientllm_operator.changing import change
 from resilientllm_operator.conditions import conditions
@@ -38,23 +43,32 @@ def decide(world: World, now: datetime) -> list[Action]:
     """What to do, in order. An action that fails ends the round: a later one may rely on it."""
     if world.object.deleting:
         return []  # The garbage collector deletes what the object owns; making more would be a race with it.
+    assessment, world = assess(world, now)
     donors = ranked_donors(world)
-    able = instance_statuses(world, donors, now)
+    able = with_findings(world, instance_statuses(world, donors, now), assessment)
     hold = capacity.hold_of(world, now)
-    drain = draining.drain_of(world, able, hold, now)
+    drain = draining.drain_of(world, able, hold, assessment.restraint is not None, now)
     instances = draining.shown(world, able, drain)
-    plan, plans = planning.desired_plans(world, donors, drain)
-    status = _status(world, able, instances, hold, drain, plan, now)
+    plan, plans = planning.desired_plans(world, donors, drain, assessment)
     expendable = draining.expendable(world, able, drain)
+    changes: list[CreateToken | CreatePod | DeletePod] = [*_token(world)]
+    if world.token is not Owner.FOREIGN:
+        changes += capacity.pod_changes(world, hold, expendable, assessment, now)
+    would_do: tuple[str, ...] = ()
+    if assessment.restraint is Restraint.OBSERVING:
+        would_do = tuple(
+            [*map(in_words, changes), *draining.in_words(draining.drain_of(world, able, hold, False, now))]
+        )
+        changes = []
+    status = _status(world, able, instances, hold, drain, plan, assessment, would_do, now)
     return [
         *_routes(world, instances),
         *_record(world, status),
         # After the record: a version must never name two plans, so it is written down before it is used. So are pairs.
         *planning.publications(world, plans),
         *_verifications(world),
-        *_token(world),
         *_budgets(world),
-        *(capacity.pod_changes(world, hold, expendable, now) if world.token is not Owner.FOREIGN else ()),
+        *changes,
     ]
 
 
@@ -65,14 +79,17 @@ def _status(
     hold: HoldStatus | None,
     drain: DrainStatus | None,
     plan: PlanStatus | None,
+    assessment: Assessment,
+    would_do: tuple[str, ...],
     now: datetime,
 ) -> ResilientLLMStatus:
     recoveries = recovery_record(world)
     wanted = instances[: world.object.spec.instances]
-    troubles = troubles_of(world, hold, wanted, now)
+    troubles = troubles_of(world, hold, wanted, assessment, now)
+    changing = change(world, able, hold, troubles, drain, now)
     return ResilientLLMStatus(
         observed_generation=world.object.generation,
-        conditions=conditions(world, wanted, troubles, now, drain, change(world, able, hold, troubles, drain, now)),
+        conditions=conditions(world, wanted, troubles, now, drain, changing, would_do),
         ready=f"{sum(each.serving for each in wanted)}/{len(wanted)}",
         endpoint=routing.endpoint_url(world.object),
         instances=instances,
@@ -81,6 +98,10 @@ def _status(
         plan=plan,
         hold=hold,
         drain=drain,
+        failures=assessment.failures,
+        nodes=assessment.nodes,
+        breaker=assessment.breaker,
+        would_do=would_do,
     )
 
 
@@ -102,7 +123,7 @@ def _routes(world: World, instances: tuple[InstanceStatus, ...]) -> Iterator[Act
             yield ApplyService(service)
 
 
-def _token(world: World) -> Iterator[Action]:
+def _token(world: World) -> Iterator[CreateToken]:
     if world.token is Owner.NOBODY:
         obj = world.object
         yield CreateToken(

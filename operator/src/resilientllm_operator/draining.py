@@ -7,7 +7,7 @@ the drain is called off and the instance serves again. Only when its pods have b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from resilientllm_api.crd import DrainReason, DrainStatus, HoldStatus, InstancePhase, InstanceStatus
@@ -27,15 +27,18 @@ OVERDUE_GRACE_SECONDS = 5
 
 
 def drain_of(
-    world: World, instances: Sequence[InstanceStatus], hold: HoldStatus | None, now: datetime
+    world: World, instances: Sequence[InstanceStatus], hold: HoldStatus | None, restrained: bool, now: datetime
 ) -> DrainStatus | None:
-    """The instance that gives way now; None if none has to, or none may. ``instances``: as if none did."""
+    """The instance that gives way now; None if none has to, or none may. ``instances``: as if none did.
+
+    ``restrained``: what works is to be left alone.
+    """
     before = world.object.status.drain
     if before is not None and before.deleted_at is not None:
         if not _is_over(world, instances, before):
             return before
         before = None
-    if hold is not None or world.object.paused:
+    if hold is not None or restrained:
         return None
     due = _due(world, instances)
     candidates = ([(before.instance, before.reason)] if before is not None else []) + due
@@ -88,6 +91,12 @@ def departing(world: World, drain: DrainStatus | None) -> frozenset[StageId]:
         and not pod.leaving
         and is_to_go(world, pod)
     )
+
+
+def in_words(drain: DrainStatus | None) -> Iterator[str]:
+    """What would be done, where nothing may be."""
+    if drain is not None and drain.deleted_at is None:
+        yield f"let instance {drain.instance} finish its requests, and then change its pods ({drain.reason})"
 
 
 def is_to_go(world: World, pod: PodView) -> bool:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from resilientllm_api.crd import PAUSED_ANNOTATION, RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
 
 from resilientllm_operator.names import SPEC_HASH_ANNOTATION, slot_of
+from resilientllm_operator.node_affinity import nodes_kept_off
 from resilientllm_operator.world import (
     Ailment,
     Exit,
@@ -19,6 +20,7 @@ from resilientllm_operator.world import (
     Owner,
     PodView,
     Taint,
+    Toleration,
     Waiting,
 )
 
@@ -105,6 +107,7 @@ def _view_pod(pod: Json) -> PodView | None:
         return None
     container: Json = next(iter(status.get("containerStatuses", [])), {})
     ended = status.get("phase") in ("Failed", "Succeeded")
+    ready = _condition(status, "Ready")
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -116,12 +119,15 @@ def _view_pod(pod: Json) -> PodView | None:
         leaving="deletionTimestamp" in metadata or ended,
         ended=ended and "deletionTimestamp" not in metadata,
         ends_by=_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
-        ready=_condition(status, "Ready").get("status") == "True",
+        ready=ready.get("status") == "True",
+        ready_since=_time(ready["lastTransitionTime"]) if ready.get("lastTransitionTime") else None,
         restarts=container.get("restartCount", 0),
         unschedulable=_unschedulable(status),
         waiting=_waiting(container),
         last_exit=_last_exit(container),
         ailments=tuple(_ailments(container)),
+        tolerations=tuple(map(_toleration, spec.get("tolerations") or ())),
+        kept_off=nodes_kept_off(spec),
     )
 
 
@@ -150,8 +156,18 @@ def _waiting(container: Json) -> Waiting | None:
 def _last_exit(container: Json) -> Exit | None:
     for state in (container.get("state", {}), container.get("lastState", {})):
         if terminated := state.get("terminated"):
-            return Exit(terminated["exitCode"], terminated.get("message", ""))
+            at = terminated.get("finishedAt")
+            return Exit(terminated["exitCode"], terminated.get("message", ""), _time(at) if at else None)
     return None
+
+
+def _toleration(toleration: Json) -> Toleration:
+    return Toleration(
+        key=toleration.get("key"),
+        value=None if toleration.get("operator") == "Exists" else toleration.get("value", ""),
+        effect=toleration.get("effect"),
+        seconds=toleration.get("tolerationSeconds"),
+    )
 
 
 def _ailments(container: Json) -> Iterator[Ailment]:

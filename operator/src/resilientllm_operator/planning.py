@@ -13,9 +13,11 @@ from resilientllm_api.plan import Limits, Plan, StageId
 from resilientllm_api.ports import STAGE_PORT
 
 from resilientllm_operator.actions import PublishPlan
+from resilientllm_operator.assessment import Assessment
 from resilientllm_operator.capacity import is_outdated
 from resilientllm_operator.draining import departing
 from resilientllm_operator.names import Role, Slot, slots
+from resilientllm_operator.succession import departures
 from resilientllm_operator.world import Contact, EngineView, World
 
 
@@ -28,22 +30,17 @@ def limits_of(policy: RecoveryPolicy) -> Limits:
 
 
 def stage_addresses(world: World) -> dict[StageId, str]:
-    """Where every stage listens. A pod on its way out keeps its place until its successor has an address:
-
-    an engine that still reaches it loses nothing by that, and the plan changes once instead of twice.
-    """
+    """Where every stage listens: the pod that fills its slot. :mod:`succession` says when another one does."""
     addresses: dict[StageId, str] = {}
     for slot in slots(world.instances, world.object.spec.stages):
-        if slot.role is Role.STAGE:
-            leaving = sorted(world.leaving(slot), key=lambda pod: pod.created, reverse=True)
-            ip = next((pod.ip for pod in (*world.live(slot), *leaving) if pod.ip), None)
-            if ip is not None:
-                addresses[slot.stage_id] = f"{ip}:{STAGE_PORT}"
+        pod = world.current(slot)
+        if slot.role is Role.STAGE and pod is not None and pod.ip is not None:
+            addresses[slot.stage_id] = f"{pod.ip}:{STAGE_PORT}"
     return addresses
 
 
 def desired_plans(
-    world: World, donors: Donors, drain: DrainStatus | None
+    world: World, donors: Donors, drain: DrainStatus | None, assessment: Assessment
 ) -> tuple[PlanStatus | None, Mapping[int, Plan]]:
     """The plans, and the version that names them; the old version as long as nothing in them has changed.
 
@@ -51,12 +48,14 @@ def desired_plans(
     whose memory (the status) was lost.
     """
     obj, addresses = world.object, stage_addresses(world)
+    leaving, lost = departures(world, assessment.signals, assessment.restraint is not None)
+    gone = {"leaving": tuple(sorted(leaving, key=str)), "lost": tuple(sorted(lost, key=str))}
 
     def plans_of(version: int) -> dict[int, Plan]:
         name = f"{obj.namespace}/{obj.name}"
         limits, replication = limits_of(obj.spec.recovery), obj.spec.replication.mode
         plans = make_plans(name, version, world.instances, obj.spec.stages, addresses, limits, replication, donors)
-        return {instance: _with_drain(world, plan, drain) for instance, plan in plans.items()}
+        return {instance: _with_drain(world, plan.model_copy(update=gone), drain) for instance, plan in plans.items()}
 
     unversioned = plans_of(1)
     if not unversioned:

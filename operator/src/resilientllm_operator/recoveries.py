@@ -60,7 +60,7 @@ def _donors(instance: int, recovery: Recovery) -> str | None:
 
 def _restored(record: RecoveryStatus, records: list[RecoveryStatus]) -> RecoveryStatus:
     """Adds when the own stages came back, from the first later swap that covers the same places."""
-    if record.kind is not RecoveryKind.BORROW or record.restored_at is not None:
+    if record.kind is RecoveryKind.SWAP_BACK or record.restored_at is not None:
         return record
     swaps = (
         each.resumed_at

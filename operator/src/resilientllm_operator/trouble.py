@@ -6,15 +6,16 @@ A trouble is something that waiting may not mend. Each has a message that names 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from resilientllm_api.crd import RETRY_ANNOTATION, HoldStatus, InstancePhase, InstanceStatus
 from resilientllm_api.reasons import Reason
 
-from resilientllm_operator.capacity import last_line
+from resilientllm_operator.assessment import Assessment
+from resilientllm_operator.breaker import Restraint
 from resilientllm_operator.names import slice_name, token_secret_name
-from resilientllm_operator.world import Owner, PodView, World
+from resilientllm_operator.world import Owner, PodView, World, last_line
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 _CANNOT_START = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -29,14 +30,19 @@ class Trouble:
 
 
 def troubles_of(
-    world: World, hold: HoldStatus | None, instances: Sequence[InstanceStatus], now: datetime
+    world: World,
+    hold: HoldStatus | None,
+    instances: Sequence[InstanceStatus],
+    assessment: Assessment,
+    now: datetime,
 ) -> list[Trouble]:
     return [
         *_held(world, hold),
         *_names_taken(world),
         *_refused(world),
-        *_pods(world, now),
+        *_pods(world, instances, now),
         *_engines(world, instances),
+        *_held_back(instances, assessment),
     ]
 
 
@@ -119,9 +125,23 @@ def _refused(world: World) -> Iterator[Trouble]:
         yield Trouble(Reason.POD_REFUSED, f"the API server refuses pod {pod}: {refusal.message}")
 
 
-def _pods(world: World, now: datetime) -> Iterator[Trouble]:
+def _held_back(instances: Sequence[InstanceStatus], assessment: Assessment) -> Iterator[Trouble]:
+    """What the breaker keeps from being done; while it keeps nothing, it is no trouble."""
+    held = [f"{each.instance}.{stage.stage}" for each in instances for stage in each.stages if stage.leaving]
+    if held and assessment.breaker is not None and assessment.restraint is Restraint.TRIPPED:
+        words = f"Stage {', '.join(held)} should move, and is left where it is: {assessment.breaker.message}"
+        yield Trouble(Reason.BREAKER_TRIPPED, words)
+
+
+def _pods(world: World, instances: Sequence[InstanceStatus], now: datetime) -> Iterator[Trouble]:
+    stays = {
+        stage.successor: f" Meanwhile it stays where it is, on node {stage.node}, although {stage.leaving}."
+        for each in instances
+        for stage in each.stages
+        if stage.successor is not None and stage.leaving is not None and stage.ready
+    }
     found = [
-        trouble
+        replace(trouble, message=trouble.message + stays.get(pod.name, ""))
         for pod in world.pods
         if not pod.leaving and not takes_over_soon(world, pod, now)
         if (trouble := pod_trouble(pod, world.object.namespace))

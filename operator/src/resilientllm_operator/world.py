@@ -42,6 +42,11 @@ class Exit:
 
     code: int
     message: str
+    at: datetime | None = None
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,17 @@ class Ailment:
 
 
 @dataclass(frozen=True)
+class Toleration:
+    """Of a taint, as in a pod's spec. None: whatever it is."""
+
+    key: str | None = None
+    value: str | None = None
+    effect: str | None = None
+    seconds: int | None = None
+    """For so long only."""
+
+
+@dataclass(frozen=True)
 class PodView:
     name: str
     uid: str
@@ -80,12 +96,16 @@ class PodView:
     ends_by: datetime | None = None
     """When its time to end in order is over; None if nobody has asked it to end."""
     ready: bool = False
+    ready_since: datetime | None = None
     restarts: int = 0
     unschedulable: str | None = None
     """The scheduler's message."""
     waiting: Waiting | None = None
     last_exit: Exit | None = None
     ailments: tuple[Ailment, ...] = ()
+    tolerations: tuple[Toleration, ...] = ()
+    kept_off: frozenset[str] = frozenset()
+    """Nodes that it was made to avoid."""
 
     @property
     def rejected_configuration(self) -> bool:
@@ -190,6 +210,8 @@ class World:
     """The PodDisruptionBudgets of our names, as :func:`budgets.budget_essence` has them; None: somebody else's."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By pod name."""
+    seats: Mapping[Slot, str] = field(default_factory=dict)
+    """The uid of the pod that fills a slot, as :mod:`succession` has it; not observed, but decided first of all."""
 
     @property
     def instances(self) -> int:
@@ -206,8 +228,9 @@ class World:
         return tuple(pod for pod in self.pods if pod.slot == slot and pod.leaving)
 
     def current(self, slot: Slot) -> PodView | None:
-        """The pod that fills the slot."""
-        return next(iter(self.live(slot)), None)
+        """The pod that fills the slot; that of a stage may be on its way out, as long as engines need it."""
+        seated = (pod for pod in self.pods if pod.slot == slot and pod.uid == self.seats.get(slot))
+        return next(seated, None) or next(iter(self.live(slot)), None)
 
     def engine_pod(self, instance: int) -> PodView | None:
         return self.current(Slot(instance, Role.ENGINE))
