@@ -221,3 +221,9 @@ def test_plans_name_donors_in_the_order_given_and_leave_out_those_without_an_add
         0: [[2]],
         2: [[0]],
     }
+
+
+def test_stages_are_read_as_they_are_written() -> None:
+    assert StageId.parse("1.10") == StageId(instance=1, stage=10)
+    with pytest.raises(ValueError, match="invalid literal"):
+        StageId.parse("1")

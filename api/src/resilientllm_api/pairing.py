@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from resilientllm_api.crd import HOSTNAME
 from resilientllm_api.plan import Limits, Plan, ReplicationMode, StageId, StageRef
 
 Donors = Mapping[StageId, tuple[StageId, ...]]
@@ -18,6 +19,16 @@ class Location:
     domain: str | None = None
     """The failure domain: what is in the same one may be lost at once."""
     host: str | None = None
+
+    @classmethod
+    def on_node(cls, name: str, labels: Mapping[str, str] | None, topology_key: str) -> Location:
+        """``labels``: None if the node cannot be seen; then no domain but its name is known.
+
+        A node without the label is a domain of its own: nothing is known to be lost together with it.
+        """
+        if topology_key == HOSTNAME:
+            return cls(domain=name, host=name)
+        return cls(domain=labels.get(topology_key, name) if labels is not None else None, host=name)
 
 
 NOWHERE = Location()
@@ -53,7 +64,7 @@ def _pairs(at: Sequence[Location], before: Sequence[int | None]) -> list[int]:
     n = len(at)
 
     def cost(one: int, other: int) -> int:
-        """One number whose digits are compared one after the other, also in sums, because none can exceed n in one."""
+        """One number, to be compared digit by digit. So are sums: over n pairs none of them reaches the base, n + 1."""
         moved = other != before[one]
         domain = _is_risk(at[one].domain, at[other].domain, moved)
         host = _is_risk(at[one].host, at[other].host, moved)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from resilientllm_api.crd import HOSTNAME, InstanceStatus
+from resilientllm_api.crd import InstanceStatus
 from resilientllm_api.pairing import NOWHERE, Donors, Location, donors_of
 from resilientllm_api.plan import StageId
 
@@ -25,17 +25,11 @@ def ranked_donors(world: World) -> Donors:
 
 
 def location_of(world: World, stage: StageId) -> Location:
-    """A node without the label is a failure domain of its own, as nothing is known to be lost together with it.
-
-    Of a node that cannot be seen only the name is known.
-    """
     pod = world.current(Slot(stage.instance, Role.STAGE, stage.stage))
     if pod is None or pod.node is None:
         return NOWHERE
-    key, node = world.object.spec.replication.topology_key, world.nodes.get(pod.node)
-    if key == HOSTNAME:
-        return Location(domain=pod.node, host=pod.node)
-    return Location(domain=node.labels.get(key, pod.node) if node else None, host=pod.node)
+    node = world.nodes.get(pod.node)
+    return Location.on_node(pod.node, node.labels if node else None, world.object.spec.replication.topology_key)
 
 
 def shared_domains(world: World, instances: Iterable[InstanceStatus]) -> Iterator[tuple[str, StageId, StageId]]:
