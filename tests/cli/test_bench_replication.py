@@ -158,6 +158,12 @@ def test_what_a_restart_computes_again_is_what_was_delivered_before_the_kill() -
     assert delivered_at_kill(Disturbed(streams, killed_at_seconds=5.0, ended_at_seconds=9.0)) == 2
 
 
+def test_a_restart_counts_only_if_a_client_had_to_ask_again() -> None:
+    late = Stream(0, [1, 2], [0.0, 9.0], finish_reason="length")
+    assert not Disturbed([late], killed_at_seconds=5.0, ended_at_seconds=9.0).cut
+    assert Disturbed([late, replace(late, attempts=2)], killed_at_seconds=5.0, ended_at_seconds=9.0).cut
+
+
 def engine_state(*places: ReplicationState) -> EngineState:
     return EngineState(instance=0, phase=EnginePhase.SERVING, replication=places)
 

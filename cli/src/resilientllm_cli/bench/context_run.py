@@ -126,7 +126,7 @@ def measure_restarts(
                     samples.append(found)
                     say(f"context {context}, restart {number + 1}/{settings.restarts}: {found.run.verdict}")
                     break
-                say(f"context {context}: restart not counted, all streams were over before the kill")
+                say(f"context {context}: restart not counted, all tokens were computed before the kill")
 
 
 def _restart(
@@ -143,7 +143,7 @@ def _restart(
         )
     )
     run = judge(stage, disturbed, expected, {})
-    return ContextRun(context, run, context + delivered_at_kill(disturbed)) if run.stalls_seconds else None
+    return ContextRun(context, run, context + delivered_at_kill(disturbed)) if disturbed.cut else None
 
 
 def delivered_at_kill(disturbed: Disturbed) -> int:

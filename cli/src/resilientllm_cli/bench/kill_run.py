@@ -43,6 +43,11 @@ class Disturbed:
     ended_at_seconds: float
     """Both on the clock of the arrivals."""
 
+    @property
+    def cut(self) -> bool:
+        """Whether a client had to ask again. If not, all was computed when the kill came, and only delivered late."""
+        return any(stream.attempts > 1 for stream in self.streams)
+
 
 async def disturb(stream_all: StreamAll, streams: int, after_tokens: int, kill: Callable[[], object]) -> Disturbed:
     """Kills when every stream has ``after_tokens`` tokens. Raises RuntimeError if they never came so far."""

@@ -109,8 +109,8 @@ def _restart_stock(server: StockServer, settings: Settings, runs: list[KillRun],
             )
         )
         run = judge(stage, disturbed, undisturbed, {})
-        if not run.stalls_seconds:
-            say(f"restart {number}/{settings.restarts}: not counted, all streams were over before the kill")
+        if not disturbed.cut:
+            say(f"restart {number}/{settings.restarts}: not counted, all tokens were computed before the kill")
             continue
         runs.append(run)
         say(f"restart {number}/{settings.restarts} after a kill of stage {stage}: {run.verdict}")
