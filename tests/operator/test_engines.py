@@ -207,10 +207,20 @@ class TestAnEngineThatIsWatched:
     def test_tells_the_rest_from_time_to_time(self, tmp_path: Path) -> None:
         async def run() -> None:
             async with self.watched(tmp_path) as (store, engines, changes):
-                loaded = engine_state(0, requests_running=7)
+                loaded = engine_state(0, tokens_recomputed_total=7)
                 store.tell(state=loaded)
                 await until(lambda: engines.views["uid"].state == loaded)
                 assert len(changes) == 1, "nothing that asks for a decision"
+
+        asyncio.run(run())
+
+    def test_tells_that_it_has_no_requests_any_more(self, tmp_path: Path) -> None:
+        async def run() -> None:
+            async with self.watched(tmp_path) as (store, engines, changes):
+                for requests in (7, 0):
+                    store.tell(state=engine_state(0, requests_running=requests))
+                    await until(lambda requests=requests: engines.views["uid"].state.requests_running == requests)
+                assert len(changes) == 3
 
         asyncio.run(run())
 

@@ -187,7 +187,7 @@ machines = st.tuples(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(machines, min_size=2, max_size=3))
 def test_never_two_and_always_one_again(found: list[tuple[float, float, list[tuple[Fate, float]]]]) -> None:
     simulation = Simulation(

@@ -1,6 +1,6 @@
 """Takes care of one ResilientLLM: observe, decide, dispatch, again and again.
 
-A round runs whenever something changed, in the cluster or with an engine, and at least twice a second, because some
+A round runs whenever something changed, in the cluster or with an engine, and now and then (:mod:`pace`), because some
 things are a matter of time. No round waits for an engine. It shares nothing with kopf's handlers, whose retries wait
 for up to minutes.
 """
@@ -23,10 +23,11 @@ from resilientllm_operator.budgets import budget_essence
 from resilientllm_operator.conditions import unreadable
 from resilientllm_operator.decide import decide
 from resilientllm_operator.dispatch import Dispatcher
-from resilientllm_operator.engines import EngineAddress, Engines
+from resilientllm_operator.engines import EngineAddress, EngineHttp, Engines
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import NAME_LABEL, Role, budget_name, slice_name, token_secret_name
 from resilientllm_operator.observe import is_controlled_by, owner_of, view_object, view_pods, view_status
+from resilientllm_operator.pace import is_settled, pause_seconds
 from resilientllm_operator.permit import NotPermitted, Permit
 from resilientllm_operator.pods import TOKEN_KEY
 from resilientllm_operator.routing import endpoints_essence, service_essence
@@ -35,11 +36,10 @@ from resilientllm_operator.world import NodeView, ObjectView, Owner, PodView, Wo
 
 logger = logging.getLogger(__name__)
 
-PERIOD_SECONDS = 0.5
 MIN_PAUSE_SECONDS = 0.05
 """Events come in bursts; one round answers a whole burst."""
 MAX_BACKOFF_SECONDS = 10.0
-TOKEN_IS_FRESH = timedelta(seconds=30)
+TOKEN_IS_FRESH = timedelta(seconds=60)
 REFUSAL_IS_FRESH = timedelta(seconds=60)
 
 
@@ -53,6 +53,7 @@ class Caretaker:
         uid: str,
         nodes: Mapping[str, NodeView],
         permit: Permit = lambda: None,
+        http: EngineHttp | None = None,
     ) -> None:
         """``nodes``: all nodes as they are, by name; it changes with them."""
         self.uid = uid
@@ -62,8 +63,10 @@ class Caretaker:
         self._namespace = namespace
         self._name = name
         self._wake = asyncio.Event()
+        self._settled = False
         self._permit = permit
         self._dispatcher = Dispatcher(kube, store, namespace, name, uid, permit)
+        self._http = http
         self._engines: Engines | None = None
         self._token: str | None = None
         self._token_owner = Owner.NOBODY
@@ -75,66 +78,72 @@ class Caretaker:
 
     async def run(self) -> None:
         """Until it is cancelled, or the object is gone."""
-        failures = 0
+        failures = quiet = 0
         try:
             while (obj := self._store.get(KIND, self._namespace, self._name)) and obj["metadata"]["uid"] == self.uid:
                 self._wake.clear()
-                failures = 0 if await self._round_survives(obj) else failures + 1
+                done = await self._round_survives(obj)
+                failures = failures + 1 if done is None else 0
+                quiet = quiet + 1 if done == 0 else 0
                 await asyncio.sleep(MIN_PAUSE_SECONDS if not failures else min(2**failures / 4, MAX_BACKOFF_SECONDS))
-                await self._pause()
+                await self._pause(pause_seconds(quiet, self._settled))
         finally:
             self._dispatcher.close()
             if self._engines is not None:
                 await self._engines.close()
 
-    async def _pause(self) -> None:
+    async def _pause(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self._wake.wait(), PERIOD_SECONDS)
+            await asyncio.wait_for(self._wake.wait(), seconds)
         except TimeoutError:
             return
 
-    async def _round_survives(self, obj: Manifest) -> bool:
-        """One round. A failure is logged and counted, and the next round begins from the world again."""
+    async def _round_survives(self, obj: Manifest) -> int | None:
+        """One round: how many actions it took, or None if it failed.
+
+        A failure is logged and counted, and the next round begins from the world again.
+        """
         with telemetry.ROUND_SECONDS.time():
             try:
-                await self._round(obj)
+                done = await self._round(obj)
             except NotPermitted:
                 telemetry.ROUNDS.labels("held").inc()
-                return True
+                return 0
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
                 what = str(error) or type(error).__name__
                 logger.warning("%s/%s: the API server did not do it: %s", self._namespace, self._name, what)
                 telemetry.ROUNDS.labels("error").inc()
-                return False
+                return None
             except Exception:
                 # A defect of ours in the care for one object must not end the care for all others.
                 logger.exception("%s/%s: a round failed unexpectedly", self._namespace, self._name)
                 telemetry.ROUNDS.labels("defect").inc()
-                return False
+                return None
         telemetry.ROUNDS.labels("ok").inc()
-        return True
+        return done
 
-    async def _round(self, raw: Manifest) -> None:
+    async def _round(self, raw: Manifest) -> int:
+        if (why := self._permit()) is not None:
+            raise NotPermitted(why)
         try:
             obj = view_object(raw)
         except ValidationError as error:
-            await self._report_unreadable(raw, error)
-            return
-        if not obj.deleting and self._permit() is None:
+            return await self._report_unreadable(raw, error)
+        if not obj.deleting:
             await self._read_token()
-        # Engines are asked all the same: they may be well while the API server is not.
-        world = await self._observe(obj)
-        if (why := self._permit()) is not None:
-            raise NotPermitted(why)
-        for action in decide(world, _now()):
+        world = self._observe(obj)
+        self._settled = is_settled(obj.status, obj.generation)
+        actions = decide(world, _now())
+        for action in actions:
             if isinstance(action, WriteStatus):
                 telemetry.SERVING.labels(self._namespace, self._name).set(
                     sum(each.serving for each in action.status.instances)
                 )
                 telemetry.WANTED.labels(self._namespace, self._name).set(obj.spec.instances)
             await self._dispatcher.perform(action, self._engines)
+        return len(actions)
 
-    async def _observe(self, obj: ObjectView) -> World:
+    def _observe(self, obj: ObjectView) -> World:
         pods = view_pods(self._store.labelled("Pod", self._namespace, NAME_LABEL, self._name), self.uid)
         self._listen_to_engines(obj, pods)
         service = self._store.get("Service", self._namespace, self._name)
@@ -189,14 +198,16 @@ class Caretaker:
             if self._engines is not None:
                 await self._engines.close()
             self._token = token
-            self._engines = Engines(token, self.wake) if token else None
+            self._engines = Engines(token, self.wake, self._http) if token else None
 
-    async def _report_unreadable(self, raw: Manifest, error: ValidationError) -> None:
+    async def _report_unreadable(self, raw: Manifest, error: ValidationError) -> int:
         before = view_status(raw)
         words = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         after = unreadable(before, raw["metadata"].get("generation", 1), words, _now())
-        if after != before:
-            await self._dispatcher.perform(WriteStatus(after, raw["metadata"]["resourceVersion"]), self._engines)
+        if after == before:
+            return 0
+        await self._dispatcher.perform(WriteStatus(after, raw["metadata"]["resourceVersion"]), self._engines)
+        return 1
 
 
 def _now() -> datetime:

@@ -13,6 +13,7 @@ from resilientllm_api.crd import KIND, PLURAL
 from resilientllm_operator import telemetry
 from resilientllm_operator.actions import Manifest
 from resilientllm_operator.caretaker import Caretaker
+from resilientllm_operator.engines import EngineHttp
 from resilientllm_operator.freshness import Freshness
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import NAME_LABEL, SELECTOR
@@ -51,6 +52,7 @@ class Controller:
         self._freshness = freshness or Freshness(WATCHED)
         self._leads = leads
         self._held: str | None = None
+        self._http = EngineHttp()
         self._store = Store(self._changed)
         self._whereabouts = Whereabouts()
         self._nodes: dict[str, NodeView] = {}
@@ -148,6 +150,7 @@ class Controller:
             logger.warning("does nothing until the view of the cluster is right again: %s", held)
         elif held is None and self._held is not None and self._leads():
             logger.info("the view of the cluster is right again")
+            self._take_care()
         self._held = held
 
     def _changed(self, kind: str, obj: Manifest) -> None:
@@ -199,3 +202,4 @@ class Controller:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._http.close()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 from resilientllm_api.engine_state import STATE_HEARTBEAT_SECONDS, EngineState
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 SILENCE_SECONDS = 4 * STATE_HEARTBEAT_SECONDS
 """An engine that has said nothing for so long does not serve. A busy machine may miss a heartbeat or two."""
 _AGAIN_SECONDS = 0.25
+_PROBES = ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
+"""The kernel asks every second whether the other end is still there: a node that is gone says nothing."""
 _WATCH_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=1.5, sock_read=SILENCE_SECONDS)
 _PUBLISH_TIMEOUT = aiohttp.ClientTimeout(total=1.5)
 _VERIFY_TIMEOUT = aiohttp.ClientTimeout(total=60.0)
@@ -55,13 +58,35 @@ class EngineAddress:
         return f"http://{self.ip}:{self.api_port}"
 
 
+class EngineHttp:
+    """One HTTP session with the engines of all objects."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, socket_factory=_probed_socket)
+            self._session = aiohttp.ClientSession(connector=connector)
+        return self._session
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
 class Engines:
     """The engines of one object."""
 
-    def __init__(self, token: str, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, token: str, on_change: Callable[[], None] = lambda: None, http: EngineHttp | None = None
+    ) -> None:
         """``token`` is the bearer token that they were given. ``on_change``: something that asks for a decision."""
         self._on_change = on_change
-        self._session = aiohttp.ClientSession()
+        self._http = http or EngineHttp()
+        self._owns_http = http is None
         self._authorization = {"Authorization": f"Bearer {token}"}
         self._views: dict[str, EngineView] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -77,7 +102,8 @@ class Engines:
 
     async def close(self) -> None:
         self.keep((), {})
-        await self._session.close()
+        if self._owns_http:
+            await self._http.close()
 
     @property
     def views(self) -> Mapping[str, EngineView]:
@@ -109,14 +135,17 @@ class Engines:
 
     async def _listen(self, engine: EngineAddress) -> None:
         """Until the engine says no more. One that tells its state only once, because it is older, is asked again."""
-        async with self._session.get(
+        told = b""
+        async with self._http.session.get(
             engine.control + STATE_PATH, params={"watch": "true"}, headers=self._authorization, timeout=_WATCH_TIMEOUT
         ) as response:
             if response.status != 200:
                 raise EngineError(f"GET {STATE_PATH} was answered with {response.status}")
             async for line in response.content:
                 self._heard[engine.uid] = time.monotonic()
-                self._take(engine.uid, EngineState.model_validate_json(line))
+                if line != told:  # Most are heartbeats of an engine of which nothing has changed.
+                    self._take(engine.uid, EngineState.model_validate_json(line))
+                    told = line
 
     def _take(self, uid: str, state: EngineState) -> None:
         verified = self._views[uid].verified if state.phase in KEEPS_VERIFICATION else None
@@ -126,7 +155,7 @@ class Engines:
         """Tells an engine its plan. Raises EngineError if it does not take it."""
         body = plan.model_dump_json(by_alias=True)
         try:
-            async with self._session.put(
+            async with self._http.session.put(
                 engine.control + PLAN_PATH,
                 data=body,
                 headers={**self._authorization, "Content-Type": "application/json"},
@@ -152,7 +181,8 @@ class Engines:
 
     async def _one_token(self, engine: EngineAddress, model: str) -> None:
         body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
-        async with self._session.post(f"{engine.api}/v1/completions", json=body, timeout=_VERIFY_TIMEOUT) as response:
+        post = self._http.session.post(f"{engine.api}/v1/completions", json=body, timeout=_VERIFY_TIMEOUT)
+        async with post as response:
             if response.status != 200:
                 raise EngineError(f"POST /v1/completions was answered with {await _reason(response)}")
             answer = await response.json()
@@ -170,12 +200,31 @@ class Engines:
         if before is None:
             return
         after = self._views[uid] = replace(before, **changes)  # type: ignore[arg-type]
-        if _urgent(after) != _urgent(before):
+        if _news(after) != _news(before):
             self._on_change()
 
 
-def _urgent(view: EngineView) -> tuple[object, ...]:
-    return view.contact, view.verified, view.verify_error, view.state and view.state.urgent
+def _news(view: EngineView) -> tuple[object, ...]:
+    """What a decision may follow from, at once or as a matter of time: all but the figures that change all the time."""
+    return view.contact, view.verified, view.verify_error, view.state and _news_of_state(view.state)
+
+
+def _news_of_state(state: EngineState) -> tuple[object, ...]:
+    idle = not state.requests_running and not state.requests_waiting
+    copies = [
+        (place.kept_by, place.supported, place.healthy, place.message, int(place.lag_seconds))
+        for place in state.replication
+    ]
+    return state.urgent, idle, state.message, state.recoveries, copies
+
+
+def _probed_socket(address: tuple[Any, ...]) -> socket.socket:
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _PROBES:
+        made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 def _words(error: Exception) -> str:
