@@ -55,7 +55,7 @@ class Reason(StrEnum):
     LAGGING = "Lagging"
     """Copies are made, but more slowly than KV blocks."""
     NOT_SUPPORTED = "NotSupported"
-    """These stages or this model cannot replicate: several ranks in a stage, or several KV cache groups."""
+    """These stages or this model cannot replicate: several ranks, several KV cache groups, or no prefix caching."""
     ENGINE_SILENT = "EngineSilent"
     """An engine does not answer or has not attached, so it is not known whether copies are kept."""
     DISABLED = "Disabled"

@@ -28,6 +28,7 @@ from resilientllm_worker.protocol.messages import (
     Heartbeat,
     KVAllocated,
     KVDescription,
+    KVGroup,
     LinkLost,
     Message,
     Release,
@@ -208,7 +209,8 @@ class World:
         self.pipeline.set_plan(self.plan())
         self.pipeline.wait_connected()
         self.pipeline.describe_kv()
-        self.pipeline.allocate_kv("LBHNC", HOME_BLOCKS, {place: [["layer"]] for place in range(self._shape[1])})
+        groups = [KVGroup(["layer"], b"spec")]
+        self.pipeline.allocate_kv("LBHNC", HOME_BLOCKS, dict.fromkeys(range(self._shape[1]), groups))
         self.pipeline.open(PATIENCE_SECONDS)
         self.wait(lambda state: all(each.donors_connected == self._shape[0] - 1 for each in state.stages))
         return self

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from resilientllm_worker.engine.executor import ResilientExecutor
 from resilientllm_worker.engine.pipeline import LOST_STEP
-from resilientllm_worker.protocol.messages import KVDescription, Stamp, Step, StepResult
+from resilientllm_worker.protocol.messages import KVAllocated, KVDescription, KVGroup, Stamp, Step, StepResult
 from resilientllm_worker.seams.kv_cache_spec import encode_spec
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from tests.worker.seams.builders import a_scheduler_output
-from tests.worker.seams.test_contract_kv_cache import attention
+from tests.worker.seams.test_contract_kv_cache import attention, of_engine, window
 from tests.worker.seams.vllm_source import attributes_of, source_of
 
 OURS = {name for name, value in vars(ResilientExecutor).items() if inspect.isfunction(value)}
@@ -40,6 +41,14 @@ class FakePipeline:
     def __init__(self) -> None:
         self.steps: list[tuple[Step, Step]] = []
         self.lost = False
+        self.allocated: object = None
+
+    def allocate_kv(self, *order: Any) -> list[KVAllocated]:
+        self.allocated = order
+        return [KVAllocated(1, order[1], 8, 0.5, 0.0)]
+
+    def open(self) -> None:
+        pass
 
     def submit(self, stamp: Stamp, make: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -120,6 +129,24 @@ class TestAttaching:
         assert executor.get_kv_cache_specs()[0]["layer0"] == attention()
         assert executor.determine_available_memory() == [1000, 1001]
         assert executor.get_supported_kv_cache_layouts() == [["LBHNC"], ["LBHNC"]]
+
+    def test_stages_get_the_groups_that_were_planned_for_all(
+        self, executor: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stages: list[dict[str, KVCacheSpec]] = [{"layer0": window(), "layer1": window()}, {"layer2": attention()}]
+        executor.vllm_config = vllm_config
+        monkeypatch.setattr(vllm_config.cache_config, "kv_cache_layout", "LBHNC")
+        executor.set_kv_cache_layout("LBHNC")
+        executor.initialize_from_config(of_engine(vllm_config, stages, blocks=96))
+        sliding, full = encode_spec(window()), encode_spec(attention())
+        assert executor._pipeline.allocated == (
+            "LBHNC",
+            96,
+            {
+                0: [KVGroup(["layer0"], sliding), KVGroup(["layer1"], sliding), KVGroup([], full)],
+                1: [KVGroup([], sliding), KVGroup([], sliding), KVGroup(["layer2"], full)],
+            },
+        )
 
     def test_stock_methods_are_answered(self, executor: Any) -> None:
         assert executor.supported_tasks == ("generate",)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from resilientllm_worker.protocol.messages import KVGroup
 from resilientllm_worker.seams.kv_blocks import KVBlocks
 from resilientllm_worker.seams.kv_cache import plan_home_and_pool
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from resilientllm_worker.seams.kv_cache_spec import encode_spec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache, copy_kv_cache_blocks_inplace
 
@@ -33,12 +35,15 @@ def caches_of(
     layers: Sequence[str] = LAYERS,
     kernel_block_size: int | None = None,
     heads: int = 2,
+    spec: KVCacheSpec | None = None,
 ) -> list[torch.Tensor]:
     """As a runner has them, with random content."""
-    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=heads, head_size=32, dtype=dtype)
+    spec = spec or FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=heads, head_size=32, dtype=dtype)
     with pytest.MonkeyPatch.context() as agreed:
         agreed.setattr(config.cache_config, "kv_cache_layout", layout)
-        planned, _ = plan_home_and_pool(config, dict.fromkeys(layers, spec), [layers], layout, blocks - 5, 5)
+        planned, _ = plan_home_and_pool(
+            config, layers, [KVGroup(list(layers), encode_spec(spec))], layout, blocks - 5, 5
+        )
     sizes = None if kernel_block_size is None else [kernel_block_size]
     views = allocate_kv_cache(planned, torch.device("cpu"), KVCacheLayout[layout], sizes)
     caches = [views[name] for name in layers]
@@ -71,6 +76,14 @@ def assert_moves(source: list[torch.Tensor], target: list[torch.Tensor], blocks:
 
 def test_blocks_move_between_caches_of_another_number_of_blocks(vllm_config: Any, layout: str) -> None:
     assert_moves(caches_of(vllm_config, layout, 12), caches_of(vllm_config, layout, 14), 12, 14)
+
+
+def test_so_do_blocks_of_latents(vllm_config: Any, layout: str) -> None:
+    """As DeepSeek's models have them: one latent and one rotated key a token, and no heads."""
+    spec = MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=512 + 64, dtype=torch.bfloat16)
+    source, target = (caches_of(vllm_config, layout, blocks, spec=spec) for blocks in (12, 14))
+    assert KVBlocks(source, 12).block_bytes == len(LAYERS) * BLOCK_SIZE * (512 + 64) * 2
+    assert_moves(source, target, 12, 14)
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC"], indirect=True)

@@ -19,6 +19,7 @@ from resilientllm_worker.protocol.messages import (
     Fence,
     Heartbeat,
     KVAllocated,
+    KVGroup,
     LinkHello,
     Message,
     NewRequest,
@@ -46,6 +47,7 @@ DIGEST = '{"model": "tiny"}'
 PATIENCE_SECONDS = 30.0
 NEVER_SECONDS = 3600.0
 HOME_BLOCKS, POOL_BLOCKS, BLOCK_SIZE = 16, 8, 4
+GROUPS = [KVGroup(["layer"], b"spec")]
 MALFORMED = b"no sampling parameters"
 HOME, GUEST, OTHER_GUEST = 0, 1, 2
 """Instances; the stage was made for the first."""
@@ -82,8 +84,8 @@ class FakeModel:
 
     stages = 2
     tensor_parallel = 1
-    block_size = BLOCK_SIZE
-    max_model_len = POOL_BLOCKS * BLOCK_SIZE
+    longest_request = POOL_BLOCKS
+    """KV blocks."""
 
     def __init__(self, stage: int, has_kv: bool = True) -> None:
         self._stage = stage
@@ -109,7 +111,7 @@ class FakeModel:
         self.error: Exception | None = None
         self.ran: queue.SimpleQueue[Step] = queue.SimpleQueue()
         if has_kv:
-            self.allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, [["layer"]])
+            self.allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, GROUPS)
 
     def kv_needs(self) -> KVNeeds:
         return KVNeeds([("layer", b"spec")], ["LBHNC"], 3000, ["generate"])
@@ -117,11 +119,13 @@ class FakeModel:
     def kv_needs_of_ranks(self) -> list[KVNeeds]:
         return [self.kv_needs()]
 
-    def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Collection[Collection[str]]) -> KVCache:
+    def blocks_of_longest_request(self, groups: Sequence[KVGroup]) -> int:
+        return self.longest_request
+
+    def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Sequence[KVGroup]) -> KVCache:
         if self.kv is not None and self.kv.home_blocks != home_blocks:
             raise ValueError("another size was agreed")
-        names = tuple(tuple(group) for group in groups)
-        self.kv = self.kv or KVCache(layout, home_blocks, pool_blocks, names, BLOCK_SIZE, 0.5, 0.0)
+        self.kv = self.kv or KVCache(layout, home_blocks, pool_blocks, tuple(groups), BLOCK_SIZE, 0.5, 0.0)
         return self.kv
 
     def block_store(self) -> MemoryStore | None:
@@ -275,7 +279,7 @@ class Engine:
 
     def allocate(self, home_blocks: int = HOME_BLOCKS) -> KVAllocated | Failed:
         self._calls += 1
-        self.connection.send(AllocateKV(self._calls, "LBHNC", home_blocks, [["layer"]]))
+        self.connection.send(AllocateKV(self._calls, "LBHNC", home_blocks, GROUPS))
         return self.expect(object)  # type: ignore[return-value]
 
     def step(self, number: int, epoch: int, term: int = 1, **changes: Any) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 import struct
+from unittest.mock import Mock
 
 import pytest
 from resilientllm_worker.protocol.messages import (
@@ -17,7 +18,7 @@ from resilientllm_worker.protocol.messages import (
     StepResult,
     Stitched,
 )
-from resilientllm_worker.seams.errors import Malformed
+from resilientllm_worker.seams.errors import Malformed, Unsupported
 from resilientllm_worker.transport.address import parse_address
 from resilientllm_worker.transport.connection import Connection, dial
 from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed
@@ -277,6 +278,16 @@ def test_a_description_gives_home_its_share_of_the_memory() -> None:
         engine.connection.send(DescribeKV(1))
         answer = engine.expect(KVDescription)
     assert answer.available_bytes == [2000]  # of 3000, with half as much again for guests
+
+
+def test_a_cache_that_cannot_be_described_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Stage(has_kv=False) as stage, closing(engine := Engine(stage.address)):
+        monkeypatch.setattr(stage.model, "kv_needs_of_ranks", Mock(side_effect=Unsupported("a spec holds a ring")))
+        engine.connection.send(DescribeKV(1))
+        assert engine.expect(Failed).reason.endswith("a spec holds a ring")
+        monkeypatch.undo()
+        engine.connection.send(DescribeKV(2))
+        engine.expect(KVDescription)
 
 
 def _take(link: Connection, links: list[Connection]) -> None:

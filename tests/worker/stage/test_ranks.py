@@ -26,6 +26,7 @@ from resilientllm_worker.stage.ranks import Allocate, Followers, LeadingModel, O
 
 from tests.worker.stage.builders import (
     BLOCK_SIZE,
+    GROUPS,
     HOME_BLOCKS,
     MALFORMED,
     PATIENCE_SECONDS,
@@ -35,7 +36,7 @@ from tests.worker.stage.builders import (
 )
 
 INIT_METHOD = "file:///tmp/of:this:stage"
-ALLOCATE = Allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, [["layer"]])
+ALLOCATE = Allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, GROUPS)
 
 FOLLOWER = """
 import socket, sys
@@ -234,9 +235,9 @@ def test_needs_are_those_of_all_ranks_in_order(leading: LeadingModel, book: Book
 
 def test_the_cache_is_allocated_on_all_ranks_once(leading: LeadingModel, book: Book) -> None:
     """Warming up runs collectives, so the others must be at it while rank 0 is; and a second order changes nothing."""
-    first = leading.allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, [["layer"]])
+    first = leading.allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, GROUPS)
     assert book.entries == [ALLOCATE, "allocate", "answers"]
-    assert leading.allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, [["layer"]]) == first
+    assert leading.allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, GROUPS) == first
     assert book.entries == [ALLOCATE, "allocate", "answers", "allocate"]
 
 

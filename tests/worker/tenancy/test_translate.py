@@ -70,6 +70,16 @@ class TestBlocks:
         assert ours.new[0].block_ids == (blocks.translate([3, 4]), blocks.translate([5]))
         assert min(blocks.translate([3, 4, 5])) >= FIRST
 
+    def test_that_a_sliding_window_has_left_behind_are_nobody_s(self) -> None:
+        """vLLM puts the null block in their place, which needs no content and no slot; the full group has them all."""
+        step = a_step(new=[new("a", [3, 4, 5], [0, 6, 7], computed=2 * BLOCK_SIZE)], cached=running(b=[0, 2]))
+        with pytest.raises(UnmappedBlock, match=r"\[6\]"):
+            to_runner(step, "", guest(known=(3, 4)), BLOCK_SIZE)
+        blocks = guest(count=6, known=(3, 4, 6))
+        ours = to_runner(step, "", blocks, BLOCK_SIZE)
+        assert ours.new[0].block_ids == (blocks.translate([3, 4, 5]), [0, *blocks.translate([6, 7])])
+        assert ours.cached.new_block_ids == [([0, *blocks.translate([2])],)]
+
     def test_that_a_new_request_hits_must_have_content_here(self) -> None:
         step = a_step(new=[new("a", [3, 4], computed=BLOCK_SIZE)])
         with pytest.raises(UnmappedBlock, match=r"\[3\]"):

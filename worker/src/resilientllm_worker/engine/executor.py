@@ -14,8 +14,8 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from resilientllm_worker.engine import environment, meeting_point
 from resilientllm_worker.engine.control_link import ControlLink
 from resilientllm_worker.engine.pipeline import LOST_STEP, AttachRefused, LostStep, Pipeline
-from resilientllm_worker.protocol.messages import KVDescription, Stamp, Step, StepResult
-from resilientllm_worker.seams.kv_cache_spec import decode_spec
+from resilientllm_worker.protocol.messages import KVDescription, KVGroup, Stamp, Step, StepResult
+from resilientllm_worker.seams.kv_cache_spec import decode_spec, encode_spec
 from resilientllm_worker.seams.launch import config_digest
 from resilientllm_worker.seams.model_output import decode_result
 from resilientllm_worker.seams.scheduler_output import encode_step, unsupported
@@ -66,7 +66,10 @@ class ResilientExecutor(Executor):
     def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
         per_stage = len(kv_cache_configs) // len(self._descriptions)
         groups = {
-            stage: [list(group.layer_names) for group in kv_cache_configs[stage * per_stage].kv_cache_groups]
+            stage: [
+                KVGroup(list(group.layer_names), encode_spec(group.kv_cache_spec))
+                for group in kv_cache_configs[stage * per_stage].kv_cache_groups
+            ]
             for stage in range(len(self._descriptions))
         }
         try:

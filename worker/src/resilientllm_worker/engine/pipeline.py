@@ -45,6 +45,7 @@ from resilientllm_worker.protocol.messages import (
     Forget,
     KVAllocated,
     KVDescription,
+    KVGroup,
     Message,
     Release,
     ReplicateTo,
@@ -154,7 +155,7 @@ class Pipeline:
         self._bars = Bars()
         self._asked: set[Channel] = set()
         """Stages that may keep a place for us: they were asked to stitch, and not released since."""
-        self._allocation: tuple[str, int, dict[int, list[list[str]]]] | None = None
+        self._allocation: tuple[str, int, dict[int, list[KVGroup]]] | None = None
         self._suspects: list[tuple[float, LinkReported]] = []
         self._leaving_since: dict[StageId, float] = {}
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
@@ -198,7 +199,7 @@ class Pipeline:
         """What every own stage needs, in pipeline order."""
         return [answer for answer in self._call_own(lambda stage: DescribeKV) if isinstance(answer, KVDescription)]
 
-    def allocate_kv(self, layout: str, home_blocks: int, groups: dict[int, list[list[str]]]) -> list[KVAllocated]:
+    def allocate_kv(self, layout: str, home_blocks: int, groups: dict[int, list[KVGroup]]) -> list[KVAllocated]:
         """Agree the KV cache with all own stages, and remember it for stages that come back without."""
         self._allocation = (layout, home_blocks, groups)
         answers = self._call_own(lambda stage: lambda call: AllocateKV(call, layout, home_blocks, groups[stage]))

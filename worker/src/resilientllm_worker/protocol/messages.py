@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Stamp(NamedTuple):
@@ -87,14 +87,23 @@ class KVDescription(_Struct):
     tasks: list[str]
 
 
+class KVGroup(_Struct):
+    """Layers that share a block table, as the engine has planned it for the whole model."""
+
+    layers: list[str]
+    """Those of this stage; it may have none of a group."""
+    spec: bytes
+    """The encoded KVCacheSpec of the group."""
+
+
 class AllocateKV(_Struct):
     """Agrees the KV cache. Repeating it with the same figures changes nothing and resets nothing."""
 
     call: int
     layout: str
     home_blocks: int
-    groups: list[list[str]]
-    """Layer names of every KV cache group, of this stage only."""
+    groups: list[KVGroup]
+    """All of the model's, in the order in which steps list their blocks."""
 
 
 class KVAllocated(_Struct):

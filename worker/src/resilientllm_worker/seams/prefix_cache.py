@@ -48,9 +48,14 @@ class PrefixCache:
         self.obstacle = ""
         """Why blocks of this engine cannot be sealed; empty if they can."""
         if not manager.enable_caching:
-            self.obstacle = "prefix caching is off: remove --no-enable-prefix-caching"
+            self.obstacle = (
+                "prefix caching is off, by --no-enable-prefix-caching or because vLLM has none for this model here"
+            )
         elif len(managers) != 1:
-            self.obstacle = f"the model has {len(managers)} KV cache groups: only models with one are replicated yet"
+            self.obstacle = (
+                f"the model has {len(managers)} KV cache groups: only models with one are replicated yet; "
+                "--disable-hybrid-kv-cache-manager makes it one, which takes more memory"
+            )
         self._tables: dict[str, list[KVCacheBlock]] = managers[0].req_to_blocks
         self._numbers = array("q", bytes(8 * pool.num_gpu_blocks))
         self._doubtful = bytearray(pool.num_gpu_blocks)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resilientllm_worker.protocol.messages import Step, StepResult
+from resilientllm_worker.protocol.messages import KVGroup, Step, StepResult
 from resilientllm_worker.seams import kv_cache, pipeline_group
 from resilientllm_worker.seams.kv_blocks import KVBlocks
 from resilientllm_worker.seams.kv_cache_spec import encode_spec
@@ -47,8 +47,9 @@ class KVCache:
     layout: str
     home_blocks: int
     pool_blocks: int
-    groups: tuple[tuple[str, ...], ...]
+    groups: tuple[KVGroup, ...]
     block_size: int
+    """Tokens per block, of all groups."""
     language_model_seconds: float
     encoder_seconds: float
 
@@ -75,17 +76,8 @@ class Model:
         return int(self._config.parallel_config.tensor_parallel_size)
 
     @property
-    def block_size(self) -> int:
-        """Tokens per KV block."""
-        return int(self._config.cache_config.block_size)
-
-    @property
     def is_last_stage(self) -> bool:
         return self._stage == self.stages - 1
-
-    @property
-    def max_model_len(self) -> int:
-        return int(self._config.model_config.max_model_len)
 
     def load(self, init_method: str) -> None:
         """Make the rank's world, build the runner, load the weights. Needs no other stage."""
@@ -145,13 +137,17 @@ class Model:
         """Of all ranks of the stage, in order."""
         return [self.kv_needs()]
 
-    def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Collection[Collection[str]]) -> KVCache:
+    def blocks_of_longest_request(self, groups: Sequence[KVGroup]) -> int:
+        """How many KV blocks a request may have at once. Raises `ValueError`: the groups are not what we can run."""
+        return kv_cache.blocks_of_longest_request(self._config, groups)
+
+    def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Sequence[KVGroup]) -> KVCache:
         """Allocate home and pool as one tensor and warm up. Once: the same figures again return what is there.
 
         Raises:
             ValueError: a cache of another shape is resident.
         """
-        wanted = tuple(tuple(group) for group in groups)
+        wanted = tuple(groups)
         if self.kv is not None:
             if (self.kv.layout, self.kv.home_blocks, self.kv.groups) != (layout, home_blocks, wanted):
                 raise ValueError(
@@ -163,7 +159,7 @@ class Model:
         self.kv_needs()
         self._wrapper.worker.set_kv_cache_layout(layout)
         config, block_size = kv_cache.plan_home_and_pool(
-            self._config, self._wrapper.worker.get_kv_cache_spec(), wanted, layout, home_blocks, pool_blocks
+            self._config, list(self._wrapper.worker.get_kv_cache_spec()), wanted, layout, home_blocks, pool_blocks
         )
         self._wrapper.global_rank = 0  # it picks its own entry of the list by this
         self._wrapper.initialize_from_config([config])
@@ -182,8 +178,11 @@ class Model:
         return self.kv
 
     def block_store(self) -> KVBlocks | None:
-        """Access to the content of the allocated KV cache; None where this process has only a part of it."""
-        if self.kv is None or self.tensor_parallel > 1:
+        """Access to the content of the allocated KV cache; None where this process has only a part of it.
+
+        None too for models of several groups, whose blocks nobody seals.
+        """
+        if self.kv is None or self.tensor_parallel > 1 or len(self.kv.groups) > 1:
             return None
         return KVBlocks(self._wrapper.worker.model_runner.kv_caches, self.kv.home_blocks + self.kv.pool_blocks)
 

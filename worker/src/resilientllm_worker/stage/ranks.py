@@ -16,14 +16,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from resilientllm_worker.process import EXIT_BAD_CONFIGURATION
-from resilientllm_worker.protocol.messages import Step, StepResult
+from resilientllm_worker.protocol.messages import KVGroup, Step, StepResult
 from resilientllm_worker.seams.errors import Malformed
 from resilientllm_worker.seams.pipeline_group import SendHandle
 from resilientllm_worker.stage.model import KVCache, KVNeeds, Model
@@ -52,7 +52,7 @@ class Allocate(msgspec.Struct, frozen=True, array_like=True, tag=True):
     layout: str
     home_blocks: int
     pool_blocks: int
-    groups: list[list[str]]
+    groups: list[KVGroup]
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -129,10 +129,10 @@ class LeadingModel(Model):
         self._followers.tell(ReportNeeds())
         return [self.kv_needs(), *(_needs.decode(answer) for answer in self._followers.answers())]
 
-    def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Collection[Collection[str]]) -> KVCache:
+    def allocate(self, layout: str, home_blocks: int, pool_blocks: int, groups: Sequence[KVGroup]) -> KVCache:
         if self.kv is not None:
             return super().allocate(layout, home_blocks, pool_blocks, groups)
-        self._followers.tell(Allocate(layout, home_blocks, pool_blocks, [list(group) for group in groups]))
+        self._followers.tell(Allocate(layout, home_blocks, pool_blocks, list(groups)))
         kv = super().allocate(layout, home_blocks, pool_blocks, groups)
         self._followers.answers()
         return kv

@@ -54,7 +54,7 @@ from resilientllm_worker.protocol.messages import (
 from resilientllm_worker.replication import tcp
 from resilientllm_worker.replication.keeper import serve_replicas
 from resilientllm_worker.replication.sender import Replicator
-from resilientllm_worker.seams.errors import Malformed
+from resilientllm_worker.seams.errors import Malformed, Unsupported
 from resilientllm_worker.stage.activations import BadActivation, Landing, describe
 from resilientllm_worker.stage.merge import gather, merged, scatter, share, spans, why_apart
 from resilientllm_worker.stage.tenant import Tenant
@@ -306,7 +306,7 @@ class StageServer:
         def call() -> None:
             try:
                 future.set_result(work())
-            except ValueError as error:
+            except (ValueError, Unsupported) as error:
                 future.set_exception(error)
 
         with self._changed:
@@ -422,20 +422,24 @@ class StageServer:
                     if message.stamp == tenant.stamp and connection is tenant.engine:
                         self._redirect(tenant, message.address)
             case DescribeKV():
-                ranks: list[KVNeeds] = self._in_runner(self._model.kv_needs_of_ranks)
-                connection.send(
-                    KVDescription(
-                        message.call,
-                        [rank.specs for rank in ranks],
-                        [rank.layouts for rank in ranks],
-                        [self._home_share(rank.available_bytes) for rank in ranks],
-                        ranks[0].tasks,
-                    )
-                )
+                connection.send(self._describe(message))
             case AllocateKV():
                 connection.send(self._allocate(tenant, message))
             case _:
                 raise ProtocolError(f"an engine cannot send {type(message).__name__}")
+
+    def _describe(self, message: DescribeKV) -> KVDescription | Failed:
+        try:
+            ranks: list[KVNeeds] = self._in_runner(self._model.kv_needs_of_ranks)
+        except Unsupported as error:
+            return Failed(message.call, f"this model cannot be served: {error}")
+        return KVDescription(
+            message.call,
+            [rank.specs for rank in ranks],
+            [rank.layouts for rank in ranks],
+            [self._home_share(rank.available_bytes) for rank in ranks],
+            ranks[0].tasks,
+        )
 
     def _home_share(self, available_bytes: int) -> int:
         return int(available_bytes / (1.0 + self._pool_fraction))
@@ -447,13 +451,12 @@ class StageServer:
             )
 
         def allocate() -> KVAllocated:
-            block_size = self._model.block_size
             pool = 0
             if self._pool_fraction > 0:
                 # A guest's longest request must fit, or it would wait for ever.
                 pool = max(
                     math.ceil(message.home_blocks * self._pool_fraction),
-                    math.ceil(self._model.max_model_len / block_size),
+                    self._model.blocks_of_longest_request(message.groups),
                 )
             kv = self._model.allocate(message.layout, message.home_blocks, pool, message.groups)
             return KVAllocated(
