@@ -30,6 +30,7 @@ from resilientllm_worker.protocol.messages import (
     StepResult,
     Stitch,
     Stitched,
+    WeightsHello,
 )
 from resilientllm_worker.seams.errors import Malformed
 from resilientllm_worker.stage.activations import describe
@@ -181,10 +182,11 @@ class Stage:
         merges: bool = True,
         instance: int = HOME,
         store: MemoryStore | None = None,
+        give: Callable[[Connection, WeightsHello], None] | None = None,
     ) -> None:
         self.model = model = FakeModel(stage, has_kv)
         model.store = store
-        self.server = StageServer(model, instance, stage, DIGEST, TOKEN, pool_fraction, merges)  # type: ignore[arg-type]
+        self.server = StageServer(model, instance, stage, DIGEST, TOKEN, pool_fraction, merges, give)  # type: ignore[arg-type]
         self.failure: BaseException | None = None
         self._listener = Listener("127.0.0.1", 0, TOKEN, self.server.serve)
         self.address = self._listener.address

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resilientllm_worker.protocol.messages import PROTOCOL_VERSION, WeightsHello
 from resilientllm_worker.stage import ranks
 from resilientllm_worker.stage.model import KVNeeds, Model
 from resilientllm_worker.stage.ranks import Allocate, Followers, LeadingModel, Order, RankGone, ReportNeeds, Run, follow
+from resilientllm_worker.transport.connection import Connection
+from resilientllm_worker.weights.taker import take
 
 from tests.worker.stage.builders import (
     BLOCK_SIZE,
@@ -34,13 +38,15 @@ from tests.worker.stage.builders import (
     FakeModel,
     a_step,
 )
+from tests.worker.transport.builders import TOKEN, InThread, listening
+from tests.worker.weights.builders import DIGEST, ByteWeights
 
 INIT_METHOD = "file:///tmp/of:this:stage"
 ALLOCATE = Allocate("LBHNC", HOME_BLOCKS, POOL_BLOCKS, GROUPS)
 
 FOLLOWER = """
 import socket, sys
-rank, descriptor, init_method = sys.argv[-1].removeprefix("--follow=").split(":", 2)
+rank, descriptor, handed_over, init_method = sys.argv[-1].removeprefix("--follow=").split(":", 3)
 sock = socket.socket(fileno=int(descriptor))
 with sock.makefile("rb") as orders:
     heard = 0
@@ -244,10 +250,47 @@ def test_the_cache_is_allocated_on_all_ranks_once(leading: LeadingModel, book: B
 def test_what_follow_says_is_read_again() -> None:
     ours, theirs = socket.socketpair()
     with ours:
-        rank, sock, init_method = ranks.parse_follow(f"3:{theirs.detach()}:{INIT_METHOD}")
-        with sock:
-            ours.sendall(b"x")
-            assert (rank, sock.recv(1), init_method) == (3, b"x", INIT_METHOD)
+        handed_over = os.memfd_create("not a socket yet")
+        os.dup2(theirs.fileno(), handed_over)
+        rank, orders, second, init_method = ranks.parse_follow(f"3:{theirs.detach()}:{handed_over}:{INIT_METHOD}")
+        with orders, second:
+            ours.sendall(b"xy")
+            assert (rank, orders.recv(1), second.recv(1), init_method) == (3, b"x", b"y", INIT_METHOD)
+
+
+GIVING = """
+import signal, socket, sys
+from resilientllm_worker.weights.giver import give
+from resilientllm_worker.weights.hand_over import serve_handed_over
+from tests.worker.weights.builders import DIGEST, ByteWeights
+rank, _, handed_over, _ = sys.argv[-1].removeprefix("--follow=").split(":", 3)
+memory = ByteWeights([1000, 70], content_seed=int(rank))
+handed_over = socket.socket(fileno=int(handed_over))
+serve_handed_over(handed_over, lambda connection, hello: give(connection, hello, DIGEST, memory))
+signal.pause()
+"""
+"""A rank that lends weights, of which its number is the seed."""
+
+
+def test_a_twin_gets_the_weights_of_the_rank_of_its_number(exits: queue.SimpleQueue[int]) -> None:
+    """Rank 0 has the connection, and the other rank answers on it; several times, and several at once."""
+    with closing(Followers([sys.executable, "-c", GIVING], 3, INIT_METHOD)) as followers:
+
+        def serve(connection: Connection) -> None:
+            hello = connection.receive()
+            assert isinstance(hello, WeightsHello)
+            assert hello.rank in followers.ranks
+            followers.give(connection, hello)
+
+        with listening(serve) as listener:
+            for rank in (1, 2, 1):
+                targets = [ByteWeights([1000, 70]) for _ in range(2)]
+                hello = WeightsHello(PROTOCOL_VERSION, 1, rank, DIGEST)
+                for each in [InThread(partial(take, [listener.address], TOKEN, hello, target)) for target in targets]:
+                    each.result()
+                expected = ByteWeights([1000, 70], content_seed=rank).content
+                assert [target.content for target in targets] == [expected, expected]
+    assert exits.empty()
 
 
 LEAD_AND_WAIT = """

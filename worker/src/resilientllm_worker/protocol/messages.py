@@ -1,10 +1,11 @@
-"""The messages of the command channel (engine and stage), of links and of replica channels (stage to stage).
+"""The messages of the command channel (engine and stage), of links, replica channels and weights (stage to stage).
 
 Every message that acts for an instance carries ``(term, epoch)``: a stage obeys only the highest it has seen, so
 that a late message of an older topology or of a replaced engine changes nothing. Who the message is for needs no
 field: a connection speaks for the one instance that its hello named.
 
-A frame on a connection is one message, and for `Activation` and `Replicas` the memory that it describes behind it.
+A frame on a connection is one message, and for `Activation`, `Replicas` and `Weights` the memory that it describes
+behind it.
 """
 
 from __future__ import annotations
@@ -410,6 +411,37 @@ class Activation(_Struct):
     tensors: list[TensorHeader]
 
 
+# --- weights --------------------------------------------------------------------------------------------------
+
+
+class WeightsHello(_Struct):
+    """First message of a stage that starts, to a twin whose weights it wants. Answered by `WeightsWelcome`."""
+
+    protocol: int
+    stage: int
+    rank: int
+    """Its tensor-parallel rank: it gets the weights of the twin's rank of the same number."""
+    digest: str
+    """Of all that decides names, layout and content of weights."""
+
+
+class WeightsWelcome(_Struct):
+    """All `Weights` follow, without being asked for, unless there is a refusal."""
+
+    refusal: str
+    """Why none are given; empty if they are."""
+    tensors: list[TensorHeader]
+    """In the order in which their memory follows, cut into runs (`weights.runs`)."""
+
+
+class Weights(_Struct):
+    """The next run of a tensor's memory, which follows."""
+
+    checksum: int
+    """XXH3, 64 bits, seeded with the place of the run."""
+    body_bytes: int
+
+
 Message = (
     EngineHello
     | StageWelcome
@@ -438,4 +470,7 @@ Message = (
     | ReplicaWelcome
     | Replicas
     | ReplicasKept
+    | WeightsHello
+    | WeightsWelcome
+    | Weights
 )

@@ -16,9 +16,14 @@ from resilientllm_worker.stage.background import run_nicely
 from resilientllm_worker.stage.health import HealthServer
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from resilientllm_worker.protocol.messages import WeightsHello
     from resilientllm_worker.stage.model import Model
     from resilientllm_worker.stage.ranks import Followers
     from resilientllm_worker.stage.server import StageServer
+    from resilientllm_worker.stage.weights import StageWeights
+    from resilientllm_worker.transport.connection import Connection
 
 PROGRAM = "resilientllm-stage"
 LEAVE_SECONDS = 25.0
@@ -52,13 +57,19 @@ def _run() -> None:
 
     init_method = get_file_store_init_method()
     followers = _start_followers(args, init_method)
-    model, digest = run_nicely(lambda: _load(args, init_method, followers))
+    model, digest, weights = run_nicely(lambda: _load(args, init_method, followers, token))
     model.adopt_thread()
 
     from resilientllm_worker.stage.server import StageServer, listen
 
+    def give(connection: Connection, hello: WeightsHello) -> None:
+        if followers is None or hello.rank not in followers.ranks:
+            weights.give(connection, hello)
+        else:
+            followers.give(connection, hello)
+
     server = StageServer(
-        model, args.instance, args.stage, digest, token, args.pool_fraction, merges=not args.take_turns
+        model, args.instance, args.stage, digest, token, args.pool_fraction, merges=not args.take_turns, give=give
     )
     host, port = args.listen
     try:
@@ -72,6 +83,7 @@ def _run() -> None:
         stage=args.stage,
         ranks=[{"rank": rank, "pid": pid} for rank, pid in enumerate(pids)],
         address=listener.address,
+        weights=weights.report(),
     )
     logger.info("stage %d.%d has its weights and listens on %s", args.instance, args.stage, listener.address)
     leave_on_sigterm(server, args.leave_timeout)
@@ -125,6 +137,20 @@ def _parse() -> argparse.Namespace:
         metavar="SECONDS",
         help="how long the stage serves on after SIGTERM, if instances still need it (default: %(default)s)",
     )
+    group.add_argument(
+        "--weights-from",
+        type=_addresses,
+        default=(),
+        metavar="HOST:PORT[,HOST:PORT...]",
+        help="stages that may have this stage's weights: copies of it, in other instances. Asked in this order while "
+        "this one starts; if none gives them, they are loaded from storage",
+    )
+    group.add_argument(
+        "--lend-weights",
+        action="store_true",
+        help="give this stage's weights to its copies that ask for them. Costs no memory on a GPU; on a CPU as much "
+        "again as the weights, since vLLM packs the ones that it works with",
+    )
     group.add_argument("--take-turns", action="store_true", help=argparse.SUPPRESS)  # to measure what merging is worth
     group.add_argument("--follow", help=argparse.SUPPRESS)  # makes this process another rank of a running stage
     args = parser.parse_args()
@@ -141,20 +167,25 @@ def _follow(args: argparse.Namespace) -> None:
     """Be another rank of the stage that started this process."""
     from resilientllm_worker.stage.model import Model
     from resilientllm_worker.stage.ranks import end_with_parent, follow, parse_follow
+    from resilientllm_worker.weights.hand_over import serve_handed_over
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for rank 0, which ends this one
     end_with_parent()
-    rank, sock, init_method = parse_follow(args.follow)
+    rank, sock, handed_over, init_method = parse_follow(args.follow)
 
-    def load() -> Model:
+    def load() -> tuple[Model, StageWeights]:
         prepare(args)
-        model = Model(make_config(args), args.stage, rank)
+        config = make_config(args)
+        weights = _weights(args, config, rank, read_token(args.token_file))
+        model = Model(config, args.stage, rank)
         model.load(init_method)
-        return model
+        return model, weights
 
-    model = run_nicely(load)
+    model, weights = run_nicely(load)
     model.adopt_thread()
+    weights.tell()
+    serve_handed_over(handed_over, weights.give)
     follow(model, sock)
 
 
@@ -166,8 +197,10 @@ def _start_followers(args: argparse.Namespace, init_method: str) -> Followers | 
     return Followers(own_command(), args.tensor_parallel_size, init_method)
 
 
-def _load(args: argparse.Namespace, init_method: str, followers: Followers | None) -> tuple[Model, str]:
-    """The model with its weights, and the digest of the settings that it was loaded under."""
+def _load(
+    args: argparse.Namespace, init_method: str, followers: Followers | None, token: bytes
+) -> tuple[Model, str, StageWeights]:
+    """The model with its weights, the digest of the settings that it was loaded under, and where they came from."""
     prepare(args)
     config = make_config(args)
     digest = config_digest(config)
@@ -175,9 +208,25 @@ def _load(args: argparse.Namespace, init_method: str, followers: Followers | Non
     from resilientllm_worker.stage.model import Model
     from resilientllm_worker.stage.ranks import LeadingModel
 
+    weights = _weights(args, config, 0, token)
     model = Model(config, args.stage, rank=0) if followers is None else LeadingModel(config, args.stage, followers)
     model.load(init_method)
-    return model, digest
+    weights.tell()
+    return model, digest, weights
+
+
+def _weights(args: argparse.Namespace, config: VllmConfig, rank: int, token: bytes) -> StageWeights:
+    from resilientllm_worker.stage.weights import StageWeights
+
+    return StageWeights(config, args.stage, rank, args.weights_from, token, args.lend_weights)
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    """An argparse type: one ``HOST:PORT`` or more, with commas in between."""
+    addresses = tuple(text.split(","))
+    for address in addresses:
+        host_and_port(address)
+    return addresses
 
 
 if __name__ == "__main__":

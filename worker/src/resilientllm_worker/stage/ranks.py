@@ -23,10 +23,12 @@ import msgspec
 import torch
 
 from resilientllm_worker.process import EXIT_BAD_CONFIGURATION
-from resilientllm_worker.protocol.messages import KVGroup, Step, StepResult
+from resilientllm_worker.protocol.messages import KVGroup, Step, StepResult, WeightsHello
 from resilientllm_worker.seams.errors import Malformed
 from resilientllm_worker.seams.pipeline_group import SendHandle
 from resilientllm_worker.stage.model import KVCache, KVNeeds, Model
+from resilientllm_worker.transport.connection import Connection
+from resilientllm_worker.weights.hand_over import hand_over
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -72,22 +74,35 @@ class Followers:
     def __init__(self, command: Sequence[str], ranks: int, init_method: str) -> None:
         """Start them with this process's own ``command``. In the main thread: they end with the thread that did it."""
         self._sockets: list[socket.socket] = []
+        self._hand_over: list[socket.socket] = []
+        """Connections go out here that another rank serves; one message is one connection."""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._closing = False
         for rank in range(1, ranks):
             ours, theirs = socket.socketpair()
-            with theirs:
-                follow = f"{rank}:{theirs.fileno()}:{init_method}"
+            outlet, handed_over = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs, handed_over:
+                inherited = [theirs.fileno(), handed_over.fileno()]
+                follow = ":".join([str(rank), *map(str, inherited), init_method])
                 process = subprocess.Popen(
-                    [*command, f"--follow={follow}"], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                    [*command, f"--follow={follow}"], pass_fds=inherited, stdin=subprocess.DEVNULL
                 )
             self._sockets.append(ours)
+            self._hand_over.append(outlet)
             self._processes.append(process)
             threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
+
+    @property
+    def ranks(self) -> range:
+        return range(1, 1 + len(self._processes))
+
+    def give(self, connection: Connection, hello: WeightsHello) -> None:
+        """Have the rank that ``hello`` names answer it. Returns when the connection has ended."""
+        hand_over(connection, hello, self._hand_over[hello.rank - 1])
 
     def tell(self, order: Order) -> None:
         frame = msgspec.msgpack.encode(order)
@@ -100,7 +115,7 @@ class Followers:
 
     def close(self) -> None:
         self._closing = True
-        for sock in self._sockets:
+        for sock in (*self._sockets, *self._hand_over):
             sock.close()
         for process in self._processes:
             try:
@@ -165,10 +180,10 @@ def follow(model: Model, sock: socket.socket) -> None:
                     model.run(order.step, None, None)
 
 
-def parse_follow(text: str) -> tuple[int, socket.socket, str]:
-    """The value of ``--follow``: the rank, its inherited socket, and how it meets the other ranks."""
-    rank, descriptor, init_method = text.split(":", 2)
-    return int(rank), socket.socket(fileno=int(descriptor)), init_method
+def parse_follow(text: str) -> tuple[int, socket.socket, socket.socket, str]:
+    """The value of ``--follow``: the rank, its two inherited sockets, and how it meets the other ranks."""
+    rank, orders, handed_over, init_method = text.split(":", 3)
+    return int(rank), socket.socket(fileno=int(orders)), socket.socket(fileno=int(handed_over)), init_method
 
 
 def end_with_parent() -> None:

@@ -50,6 +50,7 @@ from resilientllm_worker.protocol.messages import (
     StepResult,
     Stitch,
     Stitched,
+    WeightsHello,
 )
 from resilientllm_worker.replication import tcp
 from resilientllm_worker.replication.keeper import serve_replicas
@@ -103,8 +104,13 @@ class StageServer:
         token: bytes,
         pool_fraction: float,
         merges: bool = True,
+        give: Callable[[Connection, WeightsHello], None] | None = None,
     ) -> None:
-        """``merges``: steps of home and guest that are both at hand run in one forward, where that is possible."""
+        """``merges``: steps of home and guest that are both at hand run in one forward, where that is possible.
+
+        ``give`` serves a twin that wants this stage's weights, in that connection's thread.
+        """
+        self._give = give
         self._model = model
         self._instance = instance
         self._stage = stage
@@ -325,8 +331,10 @@ class StageServer:
             self._serve_link(connection, hello)
         elif isinstance(hello, ReplicaHello):
             self._serve_replicas(connection, hello)
+        elif isinstance(hello, WeightsHello) and self._give is not None:
+            self._give(connection, hello)
         else:
-            raise ProtocolError(f"expected EngineHello, LinkHello or ReplicaHello, got {type(hello).__name__}")
+            raise ProtocolError(f"expected the hello of an engine or a stage, got {type(hello).__name__}")
 
     def _tenant(self, instance: int) -> Tenant:
         tenant = self._tenants.get(instance)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from resilientllm_worker.protocol.messages import Activation, Message, Replicas
+from resilientllm_worker.protocol.messages import Activation, Message, Replicas, Weights
 from resilientllm_worker.transport.address import parse_address
 from resilientllm_worker.transport.auth import DEADLINE_SECONDS, authenticate_dialer
 from resilientllm_worker.transport.errors import (
@@ -16,7 +16,7 @@ from resilientllm_worker.transport.errors import (
     ConnectionFailed,
     ProtocolError,
 )
-from resilientllm_worker.transport.frame import Limits, drop_sent, encode_frame
+from resilientllm_worker.transport.frame import Limits, WithBody, drop_sent, encode_frame
 from resilientllm_worker.transport.reader import FrameReader
 from resilientllm_worker.transport.shared_socket import SharedSocket
 
@@ -34,7 +34,8 @@ while it is busy: one that is slower to take a tensor than this loses its link.
 
 _MAX_PARTS = 1024  # IOV_MAX
 
-_Described = TypeVar("_Described", Activation, Replicas)
+_Described = TypeVar("_Described", Activation, Replicas, Weights)
+_Counted = TypeVar("_Counted", Replicas, Weights)
 
 
 class Connection:
@@ -112,7 +113,7 @@ class Connection:
                 message, _ = self._reader.read_message(sock)
             except (ConnectionClosed, ProtocolError, OSError) as error:
                 raise self._broken(error) from error
-            if isinstance(message, Activation | Replicas):
+            if isinstance(message, WithBody):
                 self.close()
                 raise ProtocolError(f"{self.peer} sent {type(message).__name__} where only commands belong")
             return message
@@ -147,13 +148,20 @@ class Connection:
             ConnectionClosed, ProtocolError: as `receive` does; here any other message breaks the rules.
         """
 
-        def views(header: Replicas) -> list[memoryview]:
+        return self._receive_counted(Replicas, allocate)
+
+    def receive_weights(self, allocate: Callable[[Weights], memoryview]) -> Weights:
+        """The next run of a twin's weights, read into the memory that ``allocate`` gives; as `receive_replicas`."""
+        return self._receive_counted(Weights, allocate)
+
+    def _receive_counted(self, kind: type[_Counted], allocate: Callable[[_Counted], memoryview]) -> _Counted:
+        def views(header: _Counted) -> list[memoryview]:
             given = allocate(header)
             if given.nbytes != header.body_bytes:
-                raise ValueError(f"expected memory of {header.body_bytes} bytes for the blocks, found {given.nbytes}")
+                raise ValueError(f"expected memory of {header.body_bytes} bytes, found {given.nbytes}")
             return [given]
 
-        return self._receive_body(Replicas, views)
+        return self._receive_body(kind, views)
 
     def _receive_body(self, kind: type[_Described], allocate: Callable[[_Described], list[memoryview]]) -> _Described:
         with self._socket as sock:
@@ -168,6 +176,18 @@ class Connection:
                 self.close()
                 raise
             return message
+
+    def hand_over(self, to: socket.socket, note: bytes) -> None:
+        """Gives the stream to another process, over the Unix socket ``to``, with ``note`` as its message.
+
+        The peer must have nothing more to say: what was received ahead stays here. `close` ends the stream for both.
+
+        Raises:
+            ConnectionClosed: this connection is closed.
+            OSError: nobody takes it at the other end of ``to``.
+        """
+        with self._socket as sock:
+            socket.send_fds(to, [note], [sock.fileno()])
 
     def close(self) -> None:
         """Ends all sending and receiving with `ConnectionClosed`. From any thread, any number of times."""

@@ -1,4 +1,4 @@
-"""What goes over a connection: header, message in msgpack, and memory that an `Activation` or `Replicas` describes."""
+"""What goes over a connection: header, message in msgpack, and the memory that some messages describe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from resilientllm_worker.protocol.messages import Activation, Message, Replicas
+from resilientllm_worker.protocol.messages import Activation, Message, Replicas, Weights
 from resilientllm_worker.transport.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct("!IQ")
 """Bytes of the message, bytes of the body."""
+
+WithBody = Activation | Replicas | Weights
+"""Memory follows these; nothing follows any other message."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -54,7 +57,7 @@ def encode_frame(message: Message, buffers: Sequence[Buffer], limits: Limits) ->
         raise ProtocolError(
             f"cannot send a {type(message).__name__} of {message_bytes} bytes, limit {limits.message_bytes}"
         )
-    if body_bytes or isinstance(message, Activation | Replicas):
+    if body_bytes or isinstance(message, WithBody):
         check_body(message, body_bytes, limits)
     HEADER.pack_into(frame, 0, message_bytes, body_bytes)
     return parts
@@ -76,7 +79,7 @@ def check_body(message: Message, body_bytes: int, limits: Limits) -> None:
             if tensor.nbytes < 0:
                 raise ProtocolError(f"tensor {tensor.name!r} claims {tensor.nbytes} bytes")
             expected += tensor.nbytes
-    elif isinstance(message, Replicas):
+    elif isinstance(message, Replicas | Weights):
         expected = message.body_bytes
     if body_bytes != expected:
         raise ProtocolError(f"{type(message).__name__} announces a body of {expected} bytes, found {body_bytes}")
