@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resilientllm_api.crd import WeightsSource
 from resilientllm_api.plan import StageId
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.local import environment, flags, ports, preflight
@@ -98,6 +99,20 @@ def test_programs_name_their_place_and_stop_engines_first() -> None:
     assert " ".join(stage.arguments).startswith(f"S tiny --instance 1 --stage 0 --listen {address} --health ")
     assert " ".join(stage.arguments).endswith("--pipeline-parallel-size 2 --tensor-parallel-size 1 --x")
     assert found["engine-0"].stop_order < stage.stop_order
+
+
+def test_a_stage_is_told_of_its_twins_only_if_weights_are_to_come_from_them() -> None:
+    layout = replace(LAYOUT, instances=3)
+    endpoints = place(layout, "127.0.0.1", range(20_000, 20_000 + ports_needed(layout)))
+
+    def words(weights: WeightsSource) -> list[str]:
+        executables = {"resilientllm-stage": "S", "resilientllm-engine": "E"}
+        found = programs(replace(layout, weights=weights), endpoints, executables, [], {})
+        return [word for program in found if program.name == "stage-1.1" for word in program.arguments]
+
+    twins = ",".join(endpoints.stages[StageId(instance=instance, stage=1)].address for instance in (0, 2))
+    assert {"--lend-weights", f"--weights-from={twins}"} <= set(words(WeightsSource.TWIN))
+    assert not [word for word in words(WeightsSource.STORAGE) if "weights" in word]
 
 
 @pytest.mark.parametrize(

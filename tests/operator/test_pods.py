@@ -30,10 +30,25 @@ def test_the_stage_command() -> None:
         "--token-file=/etc/resilientllm/token/token",
         "--pool-fraction=0.4",
         "--leave-timeout=300",
+        "--lend-weights",
         "--pipeline-parallel-size=2",
         "--tensor-parallel-size=1",
         "--max-model-len=64",
     ]
+
+
+def test_a_stage_is_told_who_can_give_it_weights_and_that_does_not_make_the_others_outdated() -> None:
+    owner, slot = obj(), stage(1, 0)
+    told = build_pod(owner, slot, twins=["10.0.0.1:7000", "10.0.0.2:7000"])
+    untold = build_pod(owner, slot)
+    (command,) = [each["command"] for each in told["spec"]["containers"]]
+    assert command[-1] == "--weights-from=10.0.0.1:7000,10.0.0.2:7000"
+    assert command[:-1] == untold["spec"]["containers"][0]["command"]
+    assert told["metadata"] == untold["metadata"]
+
+
+def test_nobody_lends_where_weights_come_from_storage() -> None:
+    assert "--lend-weights" not in container(stage(1, 0), recovery={"weights": "Storage"})["command"]
 
 
 def test_the_pool_is_as_large_as_the_home_unless_the_spec_says_otherwise() -> None:
@@ -164,6 +179,7 @@ def test_the_hash_changes_with_what_the_pod_is_made_from() -> None:
     assert spec_hash(obj(), stage(0, 0)) != spec_hash(obj(spec=spec(image="other")), stage(0, 0))
     assert spec_hash(obj(), stage(0, 0)) == spec_hash(obj(spec=spec(service={"port": 81})), stage(0, 0))
     assert spec_hash(obj(), stage(0, 0)) == spec_hash(obj(spec=spec(instances=5)), stage(0, 0))
+    assert spec_hash(obj(), stage(0, 0)) == spec_hash(obj(spec=spec(recovery={"weights": "Storage"})), stage(0, 0))
 
 
 def test_no_pod_is_replaced_for_other_times() -> None:

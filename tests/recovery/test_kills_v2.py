@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from resilientllm_api.crd import WeightsSource
 from resilientllm_api.plan import Limits
 from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
@@ -37,6 +38,7 @@ def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         runner="v2",
         extra_flags=FLAGS,
         env={"PYTHONPATH": str(INTERPRETED)},
+        weights=WeightsSource.TWIN,
         limits=Limits(heartbeat_timeout_seconds=20.0),
     ) as running:
         running.wait_ready(READY_SECONDS)
@@ -58,6 +60,9 @@ def test_streams_of_both_tenants_survive(cluster: LocalCluster, stage: int) -> N
     )
     assert compared(expected[0], streams) == Tokens(delivered=60 + 48 + 36)
     assert compared(expected[1], beside) == Tokens(delivered=60 + 40)
+    cluster.wait_ready(READY_SECONDS)
+    weights = cluster.stage_weights(0, stage)
+    assert weights is not None and weights.source == f"twin {cluster.stage(1, stage).address}"
 
 
 def test_a_donor_runs_steps_of_both_tenants_in_one_forward(cluster: LocalCluster) -> None:

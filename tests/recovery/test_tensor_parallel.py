@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from resilientllm_api.crd import WeightsSource
 from resilientllm_api.engine_state import RecoveryKind
 from resilientllm_api.plan import Limits
 from resilientllm_cli.comparison import Tokens
@@ -36,6 +37,7 @@ def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         directory=tmp_path_factory.mktemp("tp"),
         runner="v1",
         extra_flags=FLAGS,
+        weights=WeightsSource.TWIN,
         limits=Limits(heartbeat_timeout_seconds=20.0),
     ) as running:
         running.wait_ready(READY_SECONDS)
@@ -103,3 +105,5 @@ def test_a_killed_rank_ends_its_stage_and_no_stream(whole: LocalCluster, stage: 
     assert {entry.pid for entry in after}.isdisjoint({None, *(entry.pid for entry in before)})
     assert [entry.restarts for entry in after] == [entry.restarts + 1 for entry in before]
     assert compared(expected[0], asyncio.run(stream_all(urls[0], mine))) == Tokens(delivered=140 + 125 + 110 + 95)
+    came_from = f"weights came from twin {whole.stage(1, stage).address}"
+    assert whole.log(f"stage-0.{stage}").count(came_from) == RANKS, "each rank has its own, from the rank of its number"

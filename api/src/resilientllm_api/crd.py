@@ -40,8 +40,8 @@ PAUSED_ANNOTATION = f"{GROUP}/paused"
 # The operator sets these itself; a second value would make engine and stages disagree about the pipeline.
 _OWN_FLAGS = (
     "model|host|port|served-model-name|pipeline-parallel-size|tensor-parallel-size|distributed-executor-backend|"
-    "scheduler-cls|instance|stage|listen|health|plan-file|control|token-file|pool-fraction|leave-timeout|shutdown-timeout|"
-    "api-key|uds|ssl-[a-z-]+"
+    "scheduler-cls|instance|stage|listen|health|plan-file|control|token-file|pool-fraction|weights-from|lend-weights|"
+    "leave-timeout|shutdown-timeout|api-key|uds|ssl-[a-z-]+"
 )
 _QUANTITY = (
     r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))"
@@ -197,6 +197,15 @@ class Replication(CrdModel):
     keeps its KV blocks and stands in for it first; if none is free, the condition ReplicationHealthy says so."""
 
 
+class WeightsSource(StrEnum):
+    """Where a stage that starts gets its weights."""
+
+    TWIN = "Twin"
+    """From a living copy of the same stage; from storage if there is none, or it fails."""
+    STORAGE = "Storage"
+    """From wherever vLLM loads them."""
+
+
 class RecoveryMode(StrEnum):
     ACT = "Act"
     OBSERVE = "Observe"
@@ -292,6 +301,10 @@ class RecoveryPolicy(CrdModel):
     GpuPmuWatch, GpuDriverWatch, SysLogsXIDError, SysLogsSXIDError, NVSwitchFatalError and NVSwitchDown. An entry for
     one of these says otherwise; Ignore switches it off."""
     repeat_offender: RepeatOffender = RepeatOffender()
+    weights: WeightsSource = WeightsSource.TWIN
+    """Where a stage gets its weights if its pod is made while another copy of it is ready. Twin: from that pod, over
+    the network and verified; from storage if that fails. Storage: as if there were no other. A change restarts nothing:
+    it holds for the pods that are made from then on."""
 
 
 class ServicePolicy(CrdModel):

@@ -14,6 +14,7 @@ from resilientllm_operator.names import Role, Slot, slots
 from resilientllm_operator.node_affinity import keep_off
 from resilientllm_operator.pods import build_pod, spec_hash
 from resilientllm_operator.succession import is_to_go, successor_of
+from resilientllm_operator.twins import twins
 from resilientllm_operator.world import PodView, World, last_line
 
 REFUSED_POD_RETRY = timedelta(seconds=15)
@@ -104,7 +105,8 @@ def _fill(
 
 
 def _create(world: World, slot: Slot, assessment: Assessment, now: datetime, why: str = "") -> Iterator[CreatePod]:
-    pod = build_pod(world.object, slot, [pod.uid for pod in world.pods if pod.slot == slot])
+    predecessors = [pod.uid for pod in world.pods if pod.slot == slot]
+    pod = build_pod(world.object, slot, predecessors, twins(world, slot, assessment.signals))
     create = CreatePod(keep_off(pod, assessment.unfit_nodes(world)) if slot.role is Role.STAGE else pod, why)
     refusal = world.refusals.get(create.name)
     if refusal is None or now - refusal.at >= REFUSED_POD_RETRY:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from resilientllm_api.crd import API_VERSION, HOSTNAME, KIND, EnvVar, PodTemplate, RecoveryPolicy, ResilientLLMSpec
+from resilientllm_api.crd import (
+    API_VERSION,
+    HOSTNAME,
+    KIND,
+    EnvVar,
+    PodTemplate,
+    RecoveryPolicy,
+    ResilientLLMSpec,
+    WeightsSource,
+)
 from resilientllm_api.durations import parse_seconds
 from resilientllm_api.ports import (
     ENGINE_API_PORT,
@@ -75,8 +84,14 @@ def owner_references(name: str, uid: str) -> list[Manifest]:
     return [{"apiVersion": API_VERSION, "kind": KIND, "name": name, "uid": uid, "controller": True}]
 
 
-def build_pod(obj: ObjectView, slot: Slot, predecessors: Iterable[str] = ()) -> Manifest:
-    """The pod for a slot. ``predecessors`` are the uids of the pods there that are on their way out."""
+def build_pod(obj: ObjectView, slot: Slot, predecessors: Iterable[str] = (), twins: Sequence[str] = ()) -> Manifest:
+    """The pod for a slot. ``predecessors`` are the uids of the pods there that are on their way out.
+
+    ``twins`` are where a stage may get its weights. They are no part of the spec: others do not make a pod outdated.
+    """
+    spec = _pod_spec(obj, slot)
+    if twins:
+        spec["containers"][0]["command"].append(f"--weights-from={','.join(twins)}")
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -87,7 +102,7 @@ def build_pod(obj: ObjectView, slot: Slot, predecessors: Iterable[str] = ()) -> 
             "annotations": {SPEC_HASH_ANNOTATION: spec_hash(obj, slot)},
             "ownerReferences": owner_references(obj.name, obj.uid),
         },
-        "spec": _pod_spec(obj, slot),
+        "spec": spec,
     }
 
 
@@ -181,6 +196,7 @@ def _stage_command(obj: ObjectView, slot: Slot) -> list[str]:
         f"--token-file={TOKEN_FOLDER}/{TOKEN_KEY}",
         f"--pool-fraction={obj.spec.replication.pool_percent / 100}",
         f"--leave-timeout={_drain_seconds(obj.spec)}",
+        *(["--lend-weights"] if obj.spec.recovery.weights is WeightsSource.TWIN else []),
         *_parallelism(obj.spec),
         *obj.spec.args,
     ]

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from resilientllm_api.crd import WeightsSource
 from resilientllm_api.engine_state import EngineState
 from resilientllm_api.pairing import make_plans
 from resilientllm_api.plan import Limits, ReplicationMode, StageId
@@ -37,6 +38,7 @@ from resilientllm_cli.local.layout import (
     programs,
     stage_name,
 )
+from resilientllm_cli.local.observe import StageWeights
 from resilientllm_cli.local.state import LocalState, StageEntry
 from resilientllm_cli.supervise.supervisor import Phase, Supervisor
 
@@ -160,6 +162,10 @@ class LocalCluster:
     def stage_counts(self, instance: int, stage: int) -> dict[str, int] | None:
         """What the stage's process has done so far (`observe.stage_counts`); None if it does not answer."""
         return observe.stage_counts(self.endpoints.stages[StageId(instance=instance, stage=stage)].health)
+
+    def stage_weights(self, instance: int, stage: int) -> StageWeights | None:
+        """Where the stage's process has its weights from; None if it is not ready."""
+        return observe.stage_weights(self.endpoints.stages[StageId(instance=instance, stage=stage)].health)
 
     def stage(self, instance: int, stage: int, rank: int = 0) -> StageEntry:
         for entry in self.state().stages:
@@ -334,6 +340,7 @@ def local_cluster(
     stage_flags: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     replication: ReplicationMode = ReplicationMode.RING,
+    weights: WeightsSource = WeightsSource.STORAGE,
     limits: Limits | None = None,
 ) -> LocalCluster:
     """``extra_flags`` are vLLM's, for stages and engines; ``port`` 0 chooses free ports."""
@@ -349,5 +356,6 @@ def local_cluster(
         stage_flags=tuple(stage_flags),
         env=env or {},
         replication=replication,
+        weights=weights,
     )
     return LocalCluster(layout, limits=limits)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from resilientllm_api.crd import WeightsSource
 from resilientllm_api.plan import ReplicationMode
 from rich.console import Console
 from rich.live import Live
@@ -26,6 +27,7 @@ from resilientllm_cli.local.state import LocalState
 
 DEFAULT_DIRECTORY = Path("build/local")
 REPLICATION = {"ring": ReplicationMode.RING, "none": ReplicationMode.NONE}
+WEIGHTS = {"twin": WeightsSource.TWIN, "storage": WeightsSource.STORAGE}
 DOWN_TIMEOUT_SECONDS = 60.0
 
 
@@ -47,6 +49,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=REPLICATION,
         default="ring",
         help="ring: every stage keeps copies of another instance's KV blocks (default); none: it keeps none",
+    )
+    up_parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="storage",
+        help="where a stage that is started again gets its weights: twin: from the same stage of another instance; "
+        "storage: from --model (default)",
     )
     up_parser.add_argument("--env", metavar="K=V", action="append", default=[], help="for the processes; repeatable")
     _add_directory(up_parser)
@@ -74,6 +83,7 @@ def up(arguments: argparse.Namespace) -> int:
         directory=arguments.directory,
         runner=arguments.runner,
         replication=REPLICATION[arguments.replication],
+        weights=WEIGHTS[arguments.weights],
         extra_flags=tuple(arguments.passed_on),
         env=dict(_assignment(text) for text in arguments.env),
     )

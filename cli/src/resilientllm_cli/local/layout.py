@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from resilientllm_api.crd import WeightsSource
 from resilientllm_api.plan import ReplicationMode, StageId
 
 from resilientllm_cli.supervise.supervisor import Program
@@ -27,6 +28,8 @@ class Layout:
     directory: Path = Path("build/local")
     runner: str = "v1"
     replication: ReplicationMode = ReplicationMode.RING
+    weights: WeightsSource = WeightsSource.STORAGE
+    """All stages read the same disk here, so a twin is no faster, and on a CPU lending costs memory."""
     extra_flags: tuple[str, ...] = ()
     """Of ``vllm serve``, for stages and engines alike."""
     stage_flags: tuple[str, ...] = ()
@@ -125,6 +128,18 @@ def engine_name(instance: int) -> str:
     return f"engine-{instance}"
 
 
+def weights_flags(layout: Layout, endpoints: Endpoints, stage: StageId) -> list[str]:
+    """Addresses do not change, so a stage may be told of all its twins: those that do not listen yet refuse at once."""
+    if layout.weights is WeightsSource.STORAGE:
+        return []
+    twins = [
+        at.address
+        for other, at in endpoints.stages.items()
+        if other.stage == stage.stage and other.instance != stage.instance
+    ]
+    return ["--lend-weights", *([f"--weights-from={','.join(twins)}"] if twins else [])]
+
+
 def programs(
     layout: Layout,
     endpoints: Endpoints,
@@ -145,6 +160,7 @@ def programs(
                 *(executables["resilientllm-stage"], str(layout.model)),
                 *("--instance", str(stage.instance), "--stage", str(stage.stage)),
                 *("--listen", at.address, "--health", at.health, "--token-file", str(files.token)),
+                *weights_flags(layout, endpoints, stage),
                 *layout.stage_flags,
                 *shape,
                 *flags,

@@ -6,6 +6,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,6 +28,27 @@ def stage_counts(health: str) -> dict[str, int] | None:
     """What a stage has done since its process started: ``steps`` of its runner, and ``merged`` ones among them."""
     answer = _get(f"http://{health}{READY_PATH}", {})
     return None if answer is None else dict(answer["counts"])
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """How rank 0 of a stage came to its weights."""
+
+    source: str
+    """``storage``, or ``twin`` with an address."""
+    seconds: float
+    """Of reading or receiving them, and no more."""
+    nbytes: int
+    reason: str
+    """Why no twin gave them, if one was to."""
+
+
+def stage_weights(health: str) -> StageWeights | None:
+    answer = _get(f"http://{health}{READY_PATH}", {})
+    if answer is None:
+        return None
+    found = answer["weights"]
+    return StageWeights(found["source"], found["seconds"], found["bytes"], found.get("reason", ""))
 
 
 def engine_state(control_url: str, token: str) -> EngineState | None:
