@@ -11,18 +11,18 @@ from typing import Any
 
 from rich.console import Console
 
-from resilientllm_cli.bench import machine, picture, replication_report, report
+from resilientllm_cli.bench import machine, picture, replication_report, report, weights_report
 from resilientllm_cli.bench.measure import measure, quick
-from resilientllm_cli.bench.settings import NO_REPLICATION, ReplicationSettings, Settings
+from resilientllm_cli.bench.settings import NO_REPLICATION, NO_WEIGHTS, ReplicationSettings, Settings, WeightsSettings
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
 
 FAILED = 1
-RECOVERY, THROUGHPUT, REPLICATION = PARTS = ("recovery", "throughput", "replication")
+RECOVERY, THROUGHPUT, REPLICATION, WEIGHTS = PARTS = ("recovery", "throughput", "replication", "weights")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("bench", help="measure recovery, throughput and replication beside stock vLLM")
+    parser = commands.add_parser("bench", help="measure recovery, throughput, replication and start-up")
     picture.add_parser(parser.add_subparsers(title="of a result", metavar="plot"))
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part only; may be repeated")
     parser.add_argument("--kills", type=int, default=Settings.kills, help="of a stage, under load")
@@ -37,6 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--pairs", type=int, default=ReplicationSettings.pairs, help="of runs with replication on and off"
     )
+    parser.add_argument("--starts", type=int, default=WeightsSettings.starts, help="of a stage, from each source")
     parser.add_argument("--stages", type=int, default=Settings.stages)
     parser.add_argument("--streams", type=int, default=Settings.streams)
     parser.add_argument("--quick", action="store_true", help="few of each: shows that it works")
@@ -62,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         stages=arguments.stages,
         streams=arguments.streams,
         replication=_replication(arguments) if REPLICATION in parts else NO_REPLICATION,
+        weights=_weights(arguments) if WEIGHTS in parts else NO_WEIGHTS,
     )
     _check(settings)
     settings = quick(settings) if arguments.quick else settings
@@ -96,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(report.table(result()))
     if settings.replication.needs_cluster:
         console.print(replication_report.table(result()["replication"]))
+    if measured.starts:
+        console.print(weights_report.table(result()["weights"]))
     unharmed = all(kill.tokens.unharmed and not kill.errors for kill in measured.all_of_ours)
     return 0 if unharmed and not broken_off else FAILED
 
@@ -111,6 +115,10 @@ def _replication(arguments: argparse.Namespace) -> ReplicationSettings:
     )
 
 
+def _weights(arguments: argparse.Namespace) -> WeightsSettings:
+    return WeightsSettings(starts=arguments.starts, programs=arguments.stock_programs)
+
+
 def _check(settings: Settings) -> None:
     of_replication = settings.replication
     counts = {
@@ -120,13 +128,14 @@ def _check(settings: Settings) -> None:
         "--context-kills": of_replication.kills,
         "--context-restarts": of_replication.restarts,
         "--pairs": of_replication.pairs,
+        "--starts": settings.weights.starts,
     }
     for flag, count in counts.items():
         if count < 0:
             raise UsageError(f"{flag} must be at least 0, found {count}")
     if settings.streams < 1:
         raise UsageError(f"--streams must be at least 1, found {settings.streams}")
-    needs_stock = settings.restarts or settings.throughput_runs or of_replication.restarts
+    needs_stock = settings.restarts or settings.throughput_runs or of_replication.restarts or settings.weights.bursts
     if needs_stock and not (settings.stock_programs / "stock_serve.py").is_file():
         raise UsageError(
             f"--stock-programs must be the folder of stock_serve.py, found none in {settings.stock_programs}: "

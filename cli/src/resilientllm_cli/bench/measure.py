@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from resilientllm_cli.bench import clients, context_run, overhead_run, throughput
+from resilientllm_cli.bench import clients, context_run, overhead_run, throughput, weights_run
 from resilientllm_cli.bench.kill_run import KillRun, disturb, judge
 from resilientllm_cli.bench.replication_report import ReplicationMeasured
 from resilientllm_cli.bench.report import OURS, STOCK, Measured
@@ -66,6 +66,7 @@ def measure(settings: Settings, measured: Measured, say: Say) -> None:
                 _restart_stock(server, settings, measured.restart, say)
             if replication.contexts:
                 context_run.measure_restarts(server, replication, settings.stages, measured.replication.restart, say)
+    weights_run.measure(settings.weights, settings.directory, measured.starts, measured.giving, say)
 
 
 def _measure_replication(cluster: LocalCluster, settings: Settings, measured: ReplicationMeasured, say: Say) -> None:
@@ -125,4 +126,7 @@ def quick(settings: Settings) -> Settings:
         restarts=min(settings.restarts, 1),
         throughput_runs=min(settings.throughput_runs, 1),
         replication=fewer if settings.replication.needs_cluster else settings.replication,
+        weights=replace(
+            settings.weights, starts=min(settings.weights.starts, 1), bursts=min(settings.weights.bursts, 2)
+        ),
     )

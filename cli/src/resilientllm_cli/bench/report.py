@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from resilientllm_cli.bench import replication_report
+from resilientllm_cli.bench import replication_report, weights_report
 from resilientllm_cli.bench.kill_run import KillRun
 from resilientllm_cli.bench.replication_report import ReplicationMeasured
+from resilientllm_cli.bench.weights_run import Giving, Start
 from resilientllm_cli.comparison import percentile, total
 
 OURS, RESTART, STOCK = "ours", "restart", "stock"
@@ -25,6 +26,8 @@ class Measured:
     restart: list[KillRun] = field(default_factory=list)
     tokens_per_second: dict[str, list[float]] = field(default_factory=dict)
     replication: ReplicationMeasured = field(default_factory=ReplicationMeasured)
+    starts: list[Start] = field(default_factory=list)
+    giving: list[Giving] = field(default_factory=list)
 
     @property
     def all_of_ours(self) -> list[KillRun]:
@@ -58,6 +61,7 @@ def document(measured: Measured, surroundings: Mapping[str, Any]) -> dict[str, A
             "samples": rates,
         },
         "replication": replication_report.document(measured.replication),
+        "weights": weights_report.document(measured.starts, measured.giving, distribution),
         **surroundings,
     }
 

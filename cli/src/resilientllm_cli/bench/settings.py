@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,26 @@ NO_REPLICATION = ReplicationSettings(contexts=(), kills=0, restarts=0, pairs=0, 
 
 
 @dataclass(frozen=True)
+class WeightsSettings:
+    starts: int = 10
+    """Of a stage, from each source."""
+    bursts: int = 10
+    """In which the twin gives its weights without a pause, while it serves."""
+    burst_seconds: float = 5.0
+    programs: Path = Path("bench")
+    """The folder of ``take_weights.py``."""
+    stages: int = 2
+    streams: int = 4
+    model: Mapping[str, int] = field(
+        default_factory=lambda: {"layers": 4, "hidden": 2048, "heads": 16, "kv_heads": 4, "intermediate": 5504}
+    )
+    """Fields of a `TinyModel`: 700 MB, half of which a stage has."""
+
+
+NO_WEIGHTS = WeightsSettings(starts=0, bursts=0)
+
+
+@dataclass(frozen=True)
 class Settings:
     model: Path
     output: Path
@@ -82,6 +102,7 @@ class Settings:
     kill_after_tokens: int = 60
     """A kill comes when every stream has so many, so that all are decoding."""
     replication: ReplicationSettings = field(default_factory=ReplicationSettings)
+    weights: WeightsSettings = field(default_factory=WeightsSettings)
 
     @property
     def sampling(self) -> Sampling:
