@@ -70,6 +70,8 @@ class Announce:
     reason: str
     note: str
     warning: bool = False
+    about: str = ""
+    """Names the status before: a transition that is decided again, after a crash, is not told twice."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ in the object's status: which plan was published, what was given up, which engin
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 
 from resilientllm_api.crd import DrainStatus, HoldStatus, InstanceStatus, PlanStatus, ResilientLLMStatus
@@ -107,8 +109,14 @@ def _status(
 
 def _record(world: World, status: ResilientLLMStatus) -> Iterator[Action]:
     if status != world.object.status:
+        # Events first: once the status is written, nobody can see what changed with it.
+        for announce in announcements(world.object.status, status):
+            yield replace(announce, about=_digest(world.object.status))
         yield WriteStatus(status, world.object.resource_version)
-        yield from announcements(world.object.status, status)
+
+
+def _digest(status: ResilientLLMStatus) -> str:
+    return hashlib.sha256(status.model_dump_json().encode()).hexdigest()
 
 
 def _routes(world: World, instances: tuple[InstanceStatus, ...]) -> Iterator[Action]:

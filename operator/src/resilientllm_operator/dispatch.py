@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -137,31 +138,38 @@ class Dispatcher:
                 raise
 
     async def _announce(self, action: Announce) -> None:
+        seed = "/".join((self._uid, action.about or str(time.time_ns()), action.reason, action.note))
+        event = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {
+                "name": f"{self._name}.{hashlib.sha256(seed.encode()).hexdigest()[:16]}",
+                "namespace": self._namespace,
+            },
+            "eventTime": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "type": "Warning" if action.warning else "Normal",
+            "reason": action.reason,
+            "action": "Reconcile",
+            "note": action.note[:1024],
+            "reportingController": f"resilientllm.dev/{MANAGER}",
+            "reportingInstance": MANAGER,
+            "regarding": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "namespace": self._namespace,
+                "name": self._name,
+                "uid": self._uid,
+            },
+        }
+        try:
+            await self._kube.create("Event", event)
+        except ApiError as error:
+            if error.code == 409:
+                return  # It was told already, and the operator ended before it wrote the status down.
+            logger.warning("%s/%s: the event %s is refused: %s", self._namespace, self._name, action.reason, error)
         log = logger.warning if action.warning else logger.info
         log("%s/%s: %s: %s", self._namespace, self._name, action.reason, action.note)
         telemetry.TRANSITIONS.labels(action.reason).inc()
-        await self._kube.create(
-            "Event",
-            {
-                "apiVersion": "events.k8s.io/v1",
-                "kind": "Event",
-                "metadata": {"name": f"{self._name}.{time.time_ns():x}", "namespace": self._namespace},
-                "eventTime": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
-                "type": "Warning" if action.warning else "Normal",
-                "reason": action.reason,
-                "action": "Reconcile",
-                "note": action.note[:1024],
-                "reportingController": f"resilientllm.dev/{MANAGER}",
-                "reportingInstance": MANAGER,
-                "regarding": {
-                    "apiVersion": API_VERSION,
-                    "kind": KIND,
-                    "namespace": self._namespace,
-                    "name": self._name,
-                    "uid": self._uid,
-                },
-            },
-        )
 
     def _publish(self, engines: Engines, action: PublishPlan) -> None:
         """Beside the rounds: an engine that hangs must not hold up the endpoints of the others."""
