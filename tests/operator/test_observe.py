@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from resilientllm_operator.observe import node_essence, owner_of, view_node, view_object, view_pods, view_status
+from resilientllm_operator.observe import (
+    essence,
+    node_essence,
+    owner_of,
+    view_node,
+    view_object,
+    view_pods,
+    view_status,
+)
 from resilientllm_operator.pods import build_pod
 from resilientllm_operator.world import Ailment, Exit, NodeView, Owner, PodView, Taint, Waiting
 
@@ -27,6 +35,7 @@ def observed(status: dict[str, Any], **metadata: Any) -> PodView:
     manifest["metadata"] |= {"uid": "pod-uid", "creationTimestamp": "2026-11-21T11:00:00Z", **metadata}
     manifest["spec"]["nodeName"] = "node-1"
     (view,) = view_pods([{**manifest, "status": status}], UID)
+    assert view_pods([essence("Pod", {**manifest, "status": status})], UID) == (view,), "what is kept is all there is"
     return view
 
 
@@ -155,10 +164,17 @@ def test_ipv4_is_chosen_of_two_families() -> None:
     assert observed({**RUNNING, "podIPs": [{"ip": "fd00::1"}, {"ip": "10.1.2.3"}]}).ip == "10.1.2.3"
 
 
+def test_who_wrote_which_field_is_not_kept() -> None:
+    metadata = {"namespace": "n", "name": "a", "resourceVersion": "5"}
+    written = {"metadata": metadata | {"managedFields": [{"manager": "somebody"}]}, "spec": {"ports": []}}
+    assert essence("Service", written) == {"metadata": metadata, "spec": {"ports": []}}
+
+
 def test_pods_of_an_earlier_object_of_the_same_name_are_not_ours() -> None:
     manifest = build_pod(obj(uid="earlier"), stage(0, 1))
     manifest["metadata"] |= {"uid": "pod-uid", "creationTimestamp": "2026-11-21T11:00:00Z"}
     assert view_pods([manifest], UID) == ()
+    assert view_pods([essence("Pod", manifest)], UID) == ()
 
 
 def test_whose_an_object_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from resilientllm_operator.names import NAME_LABEL
 from resilientllm_operator.store import Store
 
 
@@ -18,8 +19,9 @@ def store(changes: list[tuple[str, str]]) -> Store:
     return Store(lambda kind, obj: changes.append((kind, obj["metadata"]["resourceVersion"])))
 
 
-def pod(version: int, name: str = "a", **labels: str) -> dict[str, Any]:
-    return {"metadata": {"namespace": "n", "name": name, "resourceVersion": str(version), "labels": labels}}
+def pod(version: int, name: str = "a", phase: str | None = None, **labels: str) -> dict[str, Any]:
+    metadata = {"namespace": "n", "name": name, "resourceVersion": str(version), "labels": labels}
+    return {"metadata": metadata, "status": {"phase": phase or version}}
 
 
 def version(store: Store, name: str = "a") -> str | None:
@@ -32,6 +34,12 @@ def test_a_newer_event_replaces_an_older_one(store: Store, changes: list[tuple[s
         store.put("Pod", pod(number))
     assert version(store) == "7"
     assert changes == [("Pod", "5"), ("Pod", "7")]
+
+
+def test_a_version_without_a_change_is_kept_and_not_told(store: Store, changes: list[tuple[str, str]]) -> None:
+    store.put("Pod", pod(5, phase="Running"))
+    store.put("Pod", pod(6, phase="Running"))
+    assert (version(store), changes) == ("6", [("Pod", "5")])
 
 
 def test_a_list_removes_what_a_broken_watch_missed(store: Store) -> None:
@@ -65,7 +73,24 @@ def test_a_list_of_one_kind_leaves_the_others(store: Store) -> None:
     assert version(store) == "5"
 
 
-def test_finds_by_label(store: Store) -> None:
-    store.put("Pod", pod(5, "a", owner="x"))
-    store.put("Pod", pod(6, "b", owner="y"))
-    assert [each["metadata"]["name"] for each in store.labelled("Pod", "n", "owner", "y")] == ["b"]
+def names(store: Store, owner: str) -> list[str]:
+    return [each["metadata"]["name"] for each in store.of("Pod", "n", owner)]
+
+
+def test_finds_by_the_object_that_they_are_for(store: Store) -> None:
+    store.put("Pod", pod(5, "a", **{NAME_LABEL: "x"}))
+    store.put("Pod", pod(6, "b", **{NAME_LABEL: "y"}))
+    assert (names(store, "y"), names(store, "z")) == (["b"], [])
+    store.put("Pod", pod(7, "b", **{NAME_LABEL: "x"}))
+    assert (names(store, "x"), names(store, "y")) == (["a", "b"], [])
+    store.remove("Pod", pod(8, "a"))
+    assert names(store, "x") == ["b"]
+    store.replace("Pod", [], version=9)
+    assert names(store, "x") == []
+
+
+def test_keeps_the_essence_and_tells_it(changes: list[tuple[str, str]]) -> None:
+    told: list[dict[str, Any]] = []
+    store = Store(lambda _, obj: told.append(obj), lambda _, obj: {"metadata": obj["metadata"]})
+    store.put("Pod", pod(5) | {"spec": {"a": "long one"}})
+    assert told == [store.get("Pod", "n", "a")] == [{"metadata": pod(5)["metadata"]}]

@@ -25,7 +25,7 @@ from resilientllm_operator.decide import decide
 from resilientllm_operator.dispatch import Dispatcher
 from resilientllm_operator.engines import EngineAddress, EngineHttp, Engines
 from resilientllm_operator.kube import ApiError, KubeClient
-from resilientllm_operator.names import NAME_LABEL, Role, budget_name, slice_name, token_secret_name
+from resilientllm_operator.names import Role, budget_name, slice_name, token_secret_name
 from resilientllm_operator.observe import is_controlled_by, owner_of, view_object, view_pods, view_status
 from resilientllm_operator.pace import is_settled, pause_seconds
 from resilientllm_operator.permit import NotPermitted, Permit
@@ -64,6 +64,7 @@ class Caretaker:
         self._name = name
         self._wake = asyncio.Event()
         self._settled = False
+        self._last_view: ObjectView | None = None
         self._permit = permit
         self._dispatcher = Dispatcher(kube, store, namespace, name, uid, permit)
         self._http = http
@@ -126,7 +127,7 @@ class Caretaker:
         if (why := self._permit()) is not None:
             raise NotPermitted(why)
         try:
-            obj = view_object(raw)
+            obj = self._view(raw)
         except ValidationError as error:
             return await self._report_unreadable(raw, error)
         if not obj.deleting:
@@ -143,8 +144,18 @@ class Caretaker:
             await self._dispatcher.perform(action, self._engines)
         return len(actions)
 
+    def _view(self, raw: Manifest) -> ObjectView:
+        """Raises ValidationError for a spec that this version cannot read."""
+        before = self._last_view
+        if before is not None and before.resource_version == raw["metadata"]["resourceVersion"]:
+            return before
+        view = self._last_view = view_object(raw)
+        if before is not None and before.spec == view.spec:
+            view.spec_hashes.update(before.spec_hashes)
+        return view
+
     def _observe(self, obj: ObjectView) -> World:
-        pods = view_pods(self._store.labelled("Pod", self._namespace, NAME_LABEL, self._name), self.uid)
+        pods = view_pods(self._store.of("Pod", self._namespace, self._name), self.uid)
         self._listen_to_engines(obj, pods)
         service = self._store.get("Service", self._namespace, self._name)
         endpoints = self._store.get("EndpointSlice", self._namespace, slice_name(self._name))

@@ -17,7 +17,7 @@ from resilientllm_operator.engines import EngineHttp
 from resilientllm_operator.freshness import Freshness
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import NAME_LABEL, SELECTOR
-from resilientllm_operator.observe import node_essence, view_node
+from resilientllm_operator.observe import essence, view_node
 from resilientllm_operator.store import Store
 from resilientllm_operator.whereabouts import Whereabouts
 from resilientllm_operator.world import NodeView
@@ -53,7 +53,7 @@ class Controller:
         self._leads = leads
         self._held: str | None = None
         self._http = EngineHttp()
-        self._store = Store(self._changed)
+        self._store = Store(self._changed, essence)
         self._whereabouts = Whereabouts()
         self._nodes: dict[str, NodeView] = {}
         """All nodes, read once for all caretakers. Stays empty if the operator may not see them."""
@@ -64,7 +64,6 @@ class Controller:
     def seen(self, kind: str, event_type: str | None, obj: Manifest) -> None:
         """A watch event."""
         self._freshness.heard(kind, time.monotonic())
-        obj = node_essence(obj) if kind == "Node" else obj
         if event_type == "DELETED":
             self._store.remove(kind, obj)
         else:
@@ -126,8 +125,6 @@ class Controller:
         for kind in self._freshness.due(time.monotonic()):
             begun = time.monotonic()
             objects, version = await self._kube.list(kind, self._namespace, self.watched[kind])
-            if kind == "Node":
-                objects = [node_essence(node) for node in objects]
             self._store.replace(kind, objects, version)
             self._freshness.listed(kind, begun)
         if not self._synced:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from resilientllm_api.crd import PAUSED_ANNOTATION, RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
 
-from resilientllm_operator.names import SPEC_HASH_ANNOTATION, slot_of
+from resilientllm_operator.names import NAME_LABEL, SPEC_HASH_ANNOTATION, slot_of
 from resilientllm_operator.node_affinity import nodes_kept_off
 from resilientllm_operator.world import (
     Ailment,
@@ -25,6 +25,8 @@ from resilientllm_operator.world import (
 )
 
 Json = Mapping[str, Any]
+_VIEW = "view"
+"""Where the essence of a pod has what was read from it."""
 
 
 def view_object(obj: Json) -> ObjectView:
@@ -54,8 +56,34 @@ def view_status(obj: Json) -> ResilientLLMStatus:
 
 def view_pods(pods: Iterable[Json], owner_uid: str) -> tuple[PodView, ...]:
     """Our pods of one object. The owner's uid tells them from those of an earlier object of the same name."""
-    views = (_view_pod(pod) for pod in pods if is_controlled_by(pod, owner_uid))
+    views = (pod.get(_VIEW) or _view_pod(pod) for pod in pods if is_controlled_by(pod, owner_uid))
     return tuple(sorted((view for view in views if view is not None), key=lambda view: (view.slot, view.name)))
+
+
+def essence(kind: str, obj: Json) -> dict[str, Any]:
+    """What of an object is worth keeping."""
+    if kind == "Node":
+        return node_essence(obj)
+    if kind == "Pod":
+        return pod_essence(obj)
+    metadata = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
+    return {**obj, "metadata": metadata}
+
+
+def pod_essence(pod: Json) -> dict[str, Any]:
+    """A pod as it is looked at, and what names it."""
+    metadata = pod["metadata"]
+    kept = ("namespace", "name", "uid", "resourceVersion")
+    owners = [each for each in metadata.get("ownerReferences", []) if each.get("controller")]
+    return {
+        "metadata": {
+            **{key: metadata[key] for key in kept if key in metadata},
+            "labels": {key: value for key, value in metadata.get("labels", {}).items() if key == NAME_LABEL},
+            "ownerReferences": [{"controller": True, "uid": each["uid"]} for each in owners],
+        },
+        "spec": {"nodeName": pod.get("spec", {}).get("nodeName")},
+        _VIEW: _view_pod(pod),
+    }
 
 
 def node_essence(node: Json) -> dict[str, Any]:

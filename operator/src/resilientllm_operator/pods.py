@@ -111,9 +111,12 @@ def spec_hash(obj: ObjectView, slot: Slot) -> str:
 
     What it has of ``spec.recovery`` does not count: no pod is replaced for another grace period.
     """
-    essential = replace(obj, spec=obj.spec.model_copy(update={"recovery": RecoveryPolicy()}))
-    text = json.dumps(_pod_spec(essential, slot), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    known = obj.spec_hashes.get(slot)
+    if known is None:
+        essential = replace(obj, spec=obj.spec.model_copy(update={"recovery": RecoveryPolicy()}))
+        text = json.dumps(_pod_spec(essential, slot), sort_keys=True)
+        known = obj.spec_hashes[slot] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return known
 
 
 def served_name(obj: ObjectView) -> str:

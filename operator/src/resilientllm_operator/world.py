@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from resilientllm_api.crd import ResilientLLMSpec, ResilientLLMStatus
@@ -34,6 +35,11 @@ class ObjectView:
     deleting: bool = False
     resource_version: str = ""
     """Of the object as a whole: the status is written only if it is still this one."""
+
+    @cached_property
+    def spec_hashes(self) -> dict[Slot, str]:
+        """Those that were asked for. They are asked for again and again, and a view never changes."""
+        return {}
 
 
 @dataclass(frozen=True)
