@@ -163,6 +163,13 @@ class TestInvalidObjects:
                 {"recovery": {"heartbeatInterval": "5s", "heartbeatTimeout": "5s"}},
                 "recovery.heartbeatTimeout must be longer than recovery.heartbeatInterval",
             ),
+            ({"recovery": {"nodeConditions": [{"type": "A", "action": "Panic"}]}}, 'supported values: "Ignore"'),
+            (
+                {"recovery": {"nodeConditions": [{"type": "A", "action": "Warn"}, {"type": "A", "action": "Move"}]}},
+                "Duplicate value",
+            ),
+            ({"recovery": {"repeatOffender": {"failures": 1}}}, "should be greater than or equal to 2"),
+            ({"recovery": {"repeatOffender": {"window": "10s"}}}, "recovery.repeatOffender.window must be from 1m to"),
             ({"args": ["--pipeline-parallel-size=4"]}, "spec.args must not set what the operator sets itself"),
             ({"args": ["--tensor_parallel_size", "2"]}, "spec.args must not set what the operator sets itself"),
             ({"args": ["-tp", "2"]}, "spec.args must not set what the operator sets itself"),
@@ -333,6 +340,87 @@ class TestOperator:
                 if "nodeName" in pod["spec"]
             }
             assert len(nodes) == 2 * len(cluster.nodes()), "two copies of a stage share a node"
+
+    def test_sees_cordons_conditions_and_devices(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        """With one node there is nowhere to go to: what counts is what is seen, and what follows from it."""
+
+        def stage() -> dict[str, Any]:
+            instances = read(cluster, "rllm/tiny").get("status", {}).get("instances", [])
+            return dict(instances[0]["stages"][0]) if instances else {}
+
+        def stage_pods() -> dict[str, Any]:
+            pods = read(cluster, "pods", "-l", "resilientllm.dev/role=stage")["items"]
+            return {pod["metadata"]["name"]: pod for pod in pods}
+
+        def say(status: str) -> None:
+            condition = {"type": "GpuMemWatch", "status": status, "reason": "Test", "message": "[95] ECC"}
+            patch = json.dumps({"status": {"conditions": [condition]}})
+            cluster.kubectl("patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch)
+
+        log = tmp_path / "log"
+        with operator(kubeconfig, log):
+            apply(cluster, manifest(image="example.invalid/none:0", imagePullPolicy="Never", instances=1, stages=1))
+            eventually(
+                "the kubelet's word", lambda: any("containerStatuses" in p["status"] for p in stage_pods().values())
+            )
+            ((first, pod),) = stage_pods().items()
+            node = pod["spec"]["nodeName"]
+
+            cluster.kubectl("cordon", node)
+            try:
+                eventually("a cordon is seen", lambda: "is cordoned" in stage().get("leaving", ""))
+                successor = eventually("a successor", lambda: stage().get("successor"))
+                assert set(stage_pods()) == {first, successor}
+                assert stage()["pod"] == first
+            finally:
+                cluster.kubectl("uncordon", node)
+            eventually("only the first pod is left", lambda: set(stage_pods()) == {first})
+            eventually("nothing speaks against it", lambda: "leaving" not in stage())
+
+            say("True")
+            try:
+                eventually("a condition is seen", lambda: "GpuMemWatch=True: [95] ECC" in stage().get("leaving", ""))
+                successor = eventually("a successor", lambda: stage().get("successor"))
+                (term,) = stage_pods()[successor]["spec"]["affinity"]["nodeAffinity"][
+                    "requiredDuringSchedulingIgnoredDuringExecution"
+                ]["nodeSelectorTerms"]
+                assert term["matchFields"] == [{"key": "metadata.name", "operator": "NotIn", "values": [node]}]
+            finally:
+                say("False")
+            eventually("only the first pod is left", lambda: set(stage_pods()) == {first})
+
+            # The kubelet soon writes over it; what was seen is in the record.
+            sick = [{"name": "nvidia.com/gpu", "resources": [{"resourceID": "GPU-1", "health": "Unhealthy"}]}]
+            path = "/status/containerStatuses/0/allocatedResourcesStatus"
+            patch = json.dumps([{"op": "add", "path": path, "value": sick}])
+            cluster.kubectl("-n", NAMESPACE, "patch", "pod", first, "--subresource=status", "--type=json", "-p", patch)
+
+            def causes() -> set[str]:
+                return {each["cause"] for each in read(cluster, "rllm/tiny")["status"].get("failures", [])}
+
+            eventually("a sick device is seen", lambda: "DeviceUnhealthy" in causes())
+            reasons = {each["reason"] for each in read(cluster, "events.events.k8s.io")["items"]}
+            assert {"StageLeaving", "StageStays"} <= reasons
+        assert "Forbidden" not in log.read_text()
+
+    def test_works_without_the_right_to_see_nodes(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        binding = json.loads(cluster.kubectl("get", "clusterrolebinding", f"{ACCOUNT}-nodes", "-o", "json"))
+        cluster.kubectl("delete", "clusterrolebinding", f"{ACCOUNT}-nodes")
+        log = tmp_path / "log"
+        try:
+            with operator(kubeconfig, log):
+                apply(cluster, manifest(image="example.invalid/none:0", imagePullPolicy="Never", instances=1))
+                eventually("3 pods", lambda: len(read(cluster, "pods")["items"]) == 3)
+                eventually("a status", lambda: ready(cluster))
+        finally:
+            kept = {"name": f"{ACCOUNT}-nodes"}
+            restored = {**binding, "metadata": kept}
+            cluster.kubectl("apply", "-f", "-", stdin=json.dumps(restored))
+        assert log.read_text().count("may not list nodes") == 1
 
     def test_holds_a_pod_that_cannot_work_as_configured(
         self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path

@@ -10,6 +10,7 @@ import pytest
 from resilientllm_api.engine_state import EnginePhase, EngineState
 from resilientllm_api.plan import Plan, StageId
 from resilientllm_operator.actions import Announce, CreatePod, DeletePod, PublishPlan
+from resilientllm_operator.draining import SETTLE
 from resilientllm_operator.names import Slot
 from resilientllm_operator.node_affinity import nodes_kept_off
 from resilientllm_operator.succession import PATIENCE
@@ -399,3 +400,12 @@ class TestTheStory:
         assert of_type(decided(world), CreatePod) == of_type(decided(world), DeletePod) == []
         assert condition(world, "Recovering")[0] == "False"
         assert created(without_pod(world, PLACE))
+
+
+def test_a_roll_out_is_no_recovery() -> None:
+    world = with_spec(healthy_world(), args=["--max-model-len=1024"])
+    told = settled(settled(world), NOW + SETTLE)
+    pods = tuple(replace(p, leaving=True, ready=False) if p.slot.instance == 0 else p for p in told.pods)
+    ending = replace(told, pods=pods)
+    assert condition(ending, "Recovering")[:2] == ("False", "AsSpecified")
+    assert condition(ending, "Progressing")[:2] == ("True", "RollingOut")

@@ -50,7 +50,7 @@ def conditions(
         _degraded(instances, troubles, yielding),
         _observed(would_do) or _progressing(world, instances, troubles, change),
         replication_healthy(world, instances),
-        recovering(instances),
+        recovering([each for each in instances if each.instance != yielding]),
         _stalled(troubles, change, would_do),
     )
     return tuple(_condition(world, verdict, now) for verdict in verdicts)

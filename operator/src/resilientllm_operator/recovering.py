@@ -17,6 +17,7 @@ _URGENT_FIRST = (Reason.RESTITCHING, Reason.REPLACING, Reason.MOVING)
 
 
 def recovering(instances: Sequence[InstanceStatus]) -> Verdict:
+    """``instances``: without the one that gives way for a change."""
     found = [finding for each in instances if each.first_served_at is not None for finding in _of_an_instance(each)]
     if not found:
         message = "Every stage that served is in its place."

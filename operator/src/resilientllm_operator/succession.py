@@ -23,8 +23,8 @@ PATIENCE = timedelta(seconds=60)
 there is no other stage to go to, or an engine does not answer."""
 
 
-def seats_of(world: World, signals: Signals, restrained: bool, now: datetime) -> Mapping[Slot, str]:
-    """For every slot that has pods, the uid of the one that fills it. ``restrained``: what may still work stays."""
+def seats_of(world: World, signals: Signals, restrained: bool, now: datetime) -> Mapping[Slot, PodView]:
+    """For every slot that has pods, the one that fills it. ``restrained``: what may still work stays."""
     seats = {}
     for slot in {pod.slot for pod in world.pods}:
         occupant = _occupant(world, slot) if slot.role is Role.STAGE else _engine(world, slot, signals)
@@ -35,7 +35,7 @@ def seats_of(world: World, signals: Signals, restrained: bool, now: datetime) ->
                 held = restrained and in_use and not occupant.leaving
                 if not held and _takes_over(world, occupant, following, signals, in_use, now):
                     occupant = following
-            seats[slot] = occupant.uid
+            seats[slot] = occupant
     return seats
 
 

@@ -216,8 +216,8 @@ class World:
     """The PodDisruptionBudgets of our names, as :func:`budgets.budget_essence` has them; None: somebody else's."""
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     """By pod name."""
-    seats: Mapping[Slot, str] = field(default_factory=dict)
-    """The uid of the pod that fills a slot, as :mod:`succession` has it; not observed, but decided first of all."""
+    seats: Mapping[Slot, PodView] = field(default_factory=dict)
+    """The pod that fills each slot, as :mod:`succession` has it; not observed, but decided first of all."""
 
     @property
     def instances(self) -> int:
@@ -235,8 +235,7 @@ class World:
 
     def current(self, slot: Slot) -> PodView | None:
         """The pod that fills the slot; that of a stage may be on its way out, as long as engines need it."""
-        seated = (pod for pod in self.pods if pod.slot == slot and pod.uid == self.seats.get(slot))
-        return next(seated, None) or next(iter(self.live(slot)), None)
+        return self.seats.get(slot) or next(iter(self.live(slot)), None)
 
     def engine_pod(self, instance: int) -> PodView | None:
         return self.current(Slot(instance, Role.ENGINE))
