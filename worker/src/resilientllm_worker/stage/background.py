@@ -22,7 +22,9 @@ def run_nicely(work: Callable[[], T]) -> T:
     outcome: list[Any] = []
 
     def run() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        # Who was started with less priority than that may not have more.
+        niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         try:
             outcome.append((True, work()))
         except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that asked
