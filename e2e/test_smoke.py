@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -65,19 +64,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made: Cluster = provider.up(3, mounts=default_mounts(REPOSITORY), timings=PATIENT)
         installation.load_thin_images(made)
         installation.install_operator(made)
-        models = _open_to_all(tmp_path_factory.mktemp("models"))
+        models = installation.open_to_all(tmp_path_factory.mktemp("models"))
         installation.make_model(models)
         installation.provide_model(made, models)
         yield made
     finally:
         provider.down()
-
-
-def _open_to_all(folder: Path) -> Path:
-    # pytest makes its folders private to root; a volume's reader is not root.
-    for made in (folder, folder.parent, folder.parent.parent):
-        made.chmod(0o755)
-    return folder
 
 
 @pytest.fixture(scope="module")

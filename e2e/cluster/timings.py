@@ -31,3 +31,12 @@ PATIENT = Timings(
     toleration_seconds=300,
 )
 """Upstream's own, restarts aside: where no node is meant to fail, a busy machine must not look like a dead one."""
+
+STEADY = Timings(
+    node_status_seconds=2,
+    node_lease_seconds=6,
+    node_monitor_seconds=1,
+    node_grace_seconds=10,
+    toleration_seconds=3,
+)
+"""Between the two: nodes do fail, on a machine that is busy with what runs on them."""

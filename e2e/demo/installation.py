@@ -71,6 +71,13 @@ def make_model(folder: Path) -> None:
         file.chmod(0o644)
 
 
+def open_to_all(folder: Path) -> Path:
+    """The folder. pytest makes its folders private to root, and a volume's reader is not root."""
+    for made in (folder, folder.parent, folder.parent.parent):
+        made.chmod(0o755)
+    return folder
+
+
 def provide_model(cluster: Cluster, folder: Path) -> None:
     """The volume of manifests/examples/models-pv.yaml, with the nodes' folder that holds the model here."""
     objects = list(documents(MANIFESTS / "examples" / "models-pv.yaml"))

@@ -1,0 +1,63 @@
+"""What clients noticed of a fault: their streams against the same streams undisturbed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from resilientllm_cli.comparison import Tokens, compare, total
+
+from e2e.scenarios.load import Sent
+
+Reference = Mapping[int, Sequence[int]]
+"""The tokens of each prompt, undisturbed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    streams: int
+    met: int
+    """Streams that ran when the fault came."""
+    tokens: Tokens
+    problems: tuple[str, ...]
+    """One for each stream that did not end as it should, or differs."""
+    worst_stall_seconds: float
+    """The longest that a client waited for a token, its first one included, after the fault."""
+
+    @property
+    def unharmed(self) -> bool:
+        return not self.problems
+
+
+def judge(sent: Iterable[Sent], reference: Reference, fault_seconds: float) -> Verdict:
+    """``fault_seconds``: of ``time.monotonic``. Streams that were over before say nothing, and are left out."""
+    streams = [each for each in sent if each.ended_seconds is None or each.ended_seconds > fault_seconds]
+    compared = {id(each): compare(reference[each.stream.index], each.stream.tokens) for each in streams}
+    return Verdict(
+        streams=len(streams),
+        met=sum(each.asked_seconds < fault_seconds for each in streams),
+        tokens=total(compared.values()),
+        problems=tuple(
+            f"{each.target}, round {each.round}, prompt {each.stream.index}: {words}"
+            for each in streams
+            if (words := _problem(each, compared[id(each)]))
+        ),
+        worst_stall_seconds=max((_stall(each, fault_seconds) for each in streams), default=0.0),
+    )
+
+
+def _stall(sent: Sent, fault_seconds: float) -> float:
+    moments = [sent.asked_seconds, *sent.stream.arrivals_seconds]
+    gaps = (later - earlier for earlier, later in pairwise(moments) if later > fault_seconds)
+    return max(gaps, default=0.0)
+
+
+def _problem(sent: Sent, tokens: Tokens) -> str:
+    if sent.stream.error is not None:
+        return f"broke after {tokens.delivered} tokens: {sent.stream.error}"
+    if not sent.over:
+        return f"did not end: {tokens.delivered} tokens"
+    if not tokens.unharmed:
+        return f"{tokens.lost} lost, {tokens.duplicated} duplicated, {tokens.changed} changed"
+    return ""

@@ -1,0 +1,66 @@
+"""What clients are said to have noticed."""
+
+from __future__ import annotations
+
+from resilientllm_cli.comparison import Tokens
+from resilientllm_cli.streams import Stream
+
+from e2e.scenarios.load import Sent
+from e2e.scenarios.verdict import judge
+
+REFERENCE = {0: [1, 2, 3, 4], 1: [5, 6, 7, 8]}
+FAULT = 100.0
+
+
+def sent(
+    prompt: int,
+    tokens: list[int],
+    arrivals: list[float],
+    *,
+    asked: float = 98.0,
+    ended: float | None = 110.0,
+    error: str | None = None,
+) -> Sent:
+    stream = Stream(prompt, tokens=tokens, arrivals_seconds=arrivals, finish_reason="length", error=error)
+    return Sent("service", 0, asked, stream, ended)
+
+
+def test_equal_streams_are_unharmed_and_the_longest_wait_is_told() -> None:
+    verdict = judge(
+        [sent(0, [1, 2, 3, 4], [99, 101, 102, 103]), sent(1, [5, 6, 7, 8], [99, 99.5, 106, 107])], REFERENCE, FAULT
+    )
+
+    assert verdict.unharmed
+    assert (verdict.streams, verdict.met, verdict.tokens) == (2, 2, Tokens(delivered=8))
+    assert verdict.worst_stall_seconds == 6.5
+
+
+def test_a_stream_that_was_over_before_the_fault_says_nothing() -> None:
+    verdict = judge([sent(0, [9], [50.0], asked=40.0, ended=60.0)], REFERENCE, FAULT)
+
+    assert (verdict.streams, verdict.met, verdict.tokens) == (0, 0, Tokens())
+
+
+def test_waiting_for_the_first_token_is_a_stall_too() -> None:
+    verdict = judge([sent(0, [1, 2, 3, 4], [109, 109.1, 109.2, 109.3], asked=101.0)], REFERENCE, FAULT)
+
+    assert (verdict.met, verdict.worst_stall_seconds) == (0, 8.0)
+
+
+def test_another_token_is_a_problem() -> None:
+    verdict = judge([sent(0, [1, 2, 9, 4], [99, 101, 102, 103])], REFERENCE, FAULT)
+
+    assert verdict.tokens.changed == 1
+    assert verdict.problems == ("service, round 0, prompt 0: 0 lost, 0 duplicated, 1 changed",)
+
+
+def test_a_stream_that_broke_has_lost_what_did_not_come() -> None:
+    # Its last token came before the fault, its end after it.
+    verdict = judge([sent(0, [1, 2], [98.5, 99.0], error="APIError: gone")], REFERENCE, FAULT)
+
+    assert verdict.tokens.lost == 2
+    assert verdict.problems == ("service, round 0, prompt 0: broke after 2 tokens: APIError: gone",)
+
+
+def test_a_stream_that_does_not_end_is_a_problem() -> None:
+    assert judge([sent(0, [1, 2, 3, 4], [99, 100, 101, 102], ended=None)], REFERENCE, FAULT).problems
