@@ -25,6 +25,8 @@ from resilientllm_worker.protocol.messages import (
     EngineHello,
     Failed,
     Fence,
+    Flush,
+    Flushed,
     Heartbeat,
     KVAllocated,
     KVDescription,
@@ -75,6 +77,8 @@ class FakeStage:
         self.highest = Stamp(0, 0)
         self.holds: dict[int, int] = {}
         """Sealed blocks and their numbers."""
+        self.flushes = True
+        """Answers when it is asked to send what it has sealed."""
         self.replication: ReplicationReport | None = None
         """What its heartbeats say of its copying."""
         self.told: list[Message] = []
@@ -171,6 +175,8 @@ class FakeStage:
                 capacity = HOME_BLOCKS - 1 if self.id.instance == 0 else POOL_BLOCKS
                 held = (pack_blocks(self.holds), pack_numbers(self.holds.values())) if message.report_sealed else ()
                 connection.send(Stitched(message.call, message.stamp, capacity, *held))
+            case Flush() if self.flushes:
+                connection.send(Flushed(message.call))
             case Fence(stamp) | Release(stamp):
                 self.highest = max(self.highest, stamp)
 

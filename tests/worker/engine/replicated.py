@@ -55,6 +55,7 @@ class PaperStage:
             self._tokens[new.request] = list(new.prefill_token_ids or new.prompt_token_ids)
             self._tables[new.request] = list(new.block_ids[0])
             starts[new.request] = new.num_computed_tokens
+            self._read_open(new.request, new.num_computed_tokens)
         for place, request in enumerate(ours.cached.requests):
             starts[request] = self._go_on(ours.cached, place, request)
         for name, count in ours.num_scheduled_tokens:
@@ -78,6 +79,13 @@ class PaperStage:
         for place in range(computed // size):
             slot, expected = self._tables[request][place], self._tokens[request][: (place + 1) * size]
             assert self.content.get(slot) == expected, f"{request} reads slot {slot}, which holds something else"
+
+    def _read_open(self, request: str, computed: int) -> None:
+        """What the step adds to is there."""
+        full, begun = divmod(computed, self._block_size)
+        if begun:
+            slot, expected = self._tables[request][full], self._tokens[request][:computed]
+            assert self.content[slot][:computed] == expected, f"{request} adds to slot {slot}, which lacks something"
 
     def _write(self, request: str, start: int, end: int) -> None:
         tokens, size = self._tokens[request], self._block_size
@@ -103,7 +111,7 @@ class ReplicatingPipeline(FakePipeline):
 
     def forget(self, stamp: Stamp, place: int, blocks: NDArray[np.int32]) -> None:
         super().forget(stamp, place, blocks)
-        self.rig.stages[place].blocks.forget(blocks.tolist())
+        self.rig.void(self.rig.stages[place].blocks.forget(blocks.tolist()))
 
 
 class ReplicatedRig(Rig):
@@ -162,6 +170,21 @@ class ReplicatedRig(Rig):
         assert self.own is not None and self.stages[1] is self.keeper
         self._take_over(self.own, self.keeper, self.blocks - 1)
 
+    def hold(self) -> None:
+        """The pipeline is to change while it works; returns when nothing is in flight any more."""
+        self.pipeline.at = replace(self.pipeline.at, hold=True)
+        self.pipeline.held_under = None
+        while self.scheduler.has_requests() and self.pipeline.held_under is None:
+            self.step()
+
+    def call_off(self) -> None:
+        self.pipeline.at = replace(self.pipeline.at, hold=False)
+
+    def move(self, stitched_later: bool = False) -> None:
+        """To the keeper, while the own stage works, which then keeps what the keeper has."""
+        assert self.own is not None and self.stages[1] is self.own
+        self._take_over(self.keeper, self.own, self.pool.capacity, stitched_later)
+
     def lose_keeper(self) -> None:
         """The keeper is replaced by one that keeps nothing yet."""
         assert self.stages[1] is self.own
@@ -181,6 +204,12 @@ class ReplicatedRig(Rig):
         if self._target is not None:
             self.pending += seals
 
+    def void(self, blocks: list[int]) -> None:
+        """What these held on the second stage is of no use any more."""
+        gone = set(blocks)
+        self.pending = deque(seal for seal in self.pending if seal.block not in gone)
+        self._void |= gone
+
     def _take_over(
         self, stage: PaperStage, keeper: PaperStage | None, capacity: int, stitched_later: bool = False
     ) -> None:
@@ -199,7 +228,7 @@ class ReplicatedRig(Rig):
         new = Holding(1, stamp, unpack_blocks(blocks), unpack_numbers(numbers))
         whole = Boundary(stamp, True, capacity, 0.0, (*at.newcomers, new))
         if stitched_later:
-            self.pipeline.at = replace(whole, stitched=False, newcomers=(), waiting_seconds=0.001)
+            self.pipeline.at = replace(whole, stitched=False, newcomers=(), waiting_seconds=0.001, hold=False)
             self.schedule()
         self.pipeline.at = whole
         self._redirect(keeper)
@@ -240,10 +269,7 @@ class ReplicatedRig(Rig):
         step = encode_step(output, None, self.pipeline.at.stamp, self._step)
         (first, _), (last, voided) = [stage.run(step) for stage in self.stages]
         assert first == last
-        if voided:
-            gone = set(voided)
-            self.pending = deque(seal for seal in self.pending if seal.block not in gone)
-            self._void |= gone
+        self.void(voided)
         return last
 
     def _home(self) -> PaperStage:

@@ -57,6 +57,11 @@ class FakePipeline:
     seals: list[Seal] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
+    held_under: Stamp | None = None
+
+    def held(self, stamp: Stamp) -> None:
+        assert self.at.hold
+        self.held_under = stamp
 
     def boundary(self, wait_seconds: float = 0.0) -> Boundary:
         return self.at

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
-from resilientllm_api.engine_state import EnginePhase, RecoveryKind
-from resilientllm_worker.engine import pipeline
-from resilientllm_worker.protocol.messages import Release, ReplicateTo, ReplicationReport, StageLeaving, Stitch
+import time
 
-from tests.worker.engine.builders import PATIENCE_SECONDS, FakeStage, World
+import pytest
+from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
+from resilientllm_worker.engine import pipeline
+from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary
+from resilientllm_worker.protocol.messages import (
+    Flush,
+    Release,
+    ReplicateTo,
+    ReplicationReport,
+    StageLeaving,
+    Stamp,
+    Stitch,
+)
+
+from tests.worker.engine.builders import PATIENCE_SECONDS, World
 
 LONG_SECONDS = 3600.0
-
-
-def copying(keeper: FakeStage, lag_blocks: int = 0) -> ReplicationReport:
-    return ReplicationReport(keeper.address, True, 64, 500, 500, lag_blocks, 0.0, 500, 32000, 0, 0, 0)
 
 
 class TestWithoutCopies:
@@ -77,32 +84,169 @@ class TestWithoutCopies:
             assert world["0.0"].count(Release) == 0, "it is wanted as soon as the other one is back"
 
 
-class TestWithCopies:
-    def world(self, instances: int = 2) -> World:
-        world = World(instances=instances).attach()
-        world.pipeline.set_cache(16, "")
-        world.wait(lambda state: bool(state.replication) and all(each.kept_by for each in state.replication))
-        return world
+class Moving(World):
+    """Blocks are kept, and requests run; the engine thread is the test."""
 
-    def test_the_instance_moves_when_the_keeper_has_caught_up(self) -> None:
-        with self.world() as world:
-            world["0.1"].replication = copying(world["1.1"], lag_blocks=90)
-            world.wait(lambda state: state.replication[1].lag_tokens == 90 * 16)
-            world["0.1"].say(StageLeaving(LONG_SECONDS))
-            world.wait(lambda state: state.stages[1].own_leaving)
-            assert world.serving == ["0.0", "0.1"]
-            world["0.1"].replication = copying(world["1.1"])
+    def __init__(self, instances: int = 2) -> None:
+        super().__init__(instances=instances)
+        self.attach()
+        self.pipeline.set_cache(16, "")
+        self.pipeline.note_load(3, 0)
+        self.wait(lambda state: bool(state.replication) and all(each.kept_by for each in state.replication))
+        self.copies(lag_blocks=0)
+
+    def copies(self, lag_blocks: int, of: str = "0.1", to: str = "1.1") -> None:
+        self[of].replication = ReplicationReport(self[to].address, True, 64, 500, 500, lag_blocks, 0.0, 9, 9, 0, 0, 0)
+        self.wait(lambda state: state.replication[1].healthy and state.replication[1].lag_tokens == lag_blocks * 16)
+
+    def leave(self, *names: str) -> None:
+        self.pipeline.set_plan(self.plan().model_copy(update={"leaving": tuple(self[name].id for name in names)}))
+
+    def wait_hold(self, holds: bool = True) -> Boundary:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (boundary := self.pipeline.boundary(0.01)).hold is not holds:
+            assert time.monotonic() < deadline, boundary
+        return boundary
+
+
+class TestWithCopies:
+    def test_the_steps_in_flight_come_back_before_anything_changes(self) -> None:
+        with Moving() as world:
+            flying = [world.submit() for _ in range(2)]
+            world.leave("0.1")
+            stamp = world.wait_hold().stamp
+            for step, future in flying:
+                world["0.1"].answer(step)
+                assert future.result(PATIENCE_SECONDS).step == step.step
+            assert world["0.1"].count(Flush) == 0
+            world.pipeline.held(stamp)
+            assert world["0.1"].wait_told(Flush).stamp == stamp
+            state = world.wait_serving("0.0", "1.1")
+            assert world["0.0"].count(Flush) == 0, "it stays, and so does what it has"
+            assert world.pipeline.boundary().stamp == Stamp(stamp.term, stamp.epoch + 1)
+            assert not world.pipeline.boundary().hold
+            assert state.stages[1].own_connected
+
+    def test_it_is_recorded_with_its_phases(self) -> None:
+        with Moving() as world:
+            world.leave("0.1")
+            world.pipeline.held(world.wait_hold().stamp)
             world.wait_serving("0.0", "1.1")
+            world.pipeline.rolled_back(world.pipeline.boundary(), 3, 0.001)
+            world.pipeline.resumed([0, 0, 0], 120)
+            step, _ = world.submit()
+            world["1.1"].answer(step)
+            (move,) = world.wait(lambda state: state.recoveries_total == 1).recoveries
+        assert (move.kind, move.stages, move.reason, move.requests) == (RecoveryKind.MOVE, (1,), None, 3)
+        assert (move.tokens_recomputed, move.tokens_kept) == (0, 120)
+        phases = dict(move.phases_ms)
+        assert set(phases) == {"hold", "flush", "fence", "stitch", "rollBack", "resume", "total"}
+        del phases["rollBack"]  # lies within another one
+        assert phases.pop("total") == pytest.approx(sum(phases.values()), abs=0.01)
+
+    def test_nothing_begins_before_the_keeper_has_caught_up(self) -> None:
+        with Moving() as world:
+            world.copies(lag_blocks=90)
+            world.leave("0.1")
+            world.wait(lambda state: state.plan_version == 2)
+            assert not world.pipeline.boundary().hold
+            world.copies(lag_blocks=0)
+            world.wait_hold()
+
+    def test_what_lags_while_it_goes_on_does_not_call_it_off(self) -> None:
+        """The open blocks of many requests are sent within the move."""
+        with Moving() as world:
+            world["0.1"].flushes = False
+            world.leave("0.1")
+            world.pipeline.held(world.wait_hold().stamp)
+            world["0.1"].wait_told(Flush)
+            world.copies(lag_blocks=90)
+            world.wait_serving("0.0", "1.1")
+            assert world["0.1"].count(Flush) == 1
+
+    def test_an_engine_that_does_not_hold_still_is_not_waited_for_long(self) -> None:
+        with Moving() as world:
+            _, future = world.submit()
+            world.leave("0.1")
+            world.wait_hold()
+            world.wait_serving("0.0", "1.1")
+            assert future.result(PATIENCE_SECONDS) is LOST_STEP
+            assert world["0.1"].count(Flush) == 0
+
+    def test_nobody_holds_still_where_nothing_runs(self) -> None:
+        with Moving() as world:
+            world.pipeline.note_load(0, 0)
+            world.leave("0.1")
+            state = world.wait_serving("0.0", "1.1")
+            assert "hold" not in state.recoveries[-1].phases_ms
+
+    def test_a_swap_back_goes_the_same_way(self) -> None:
+        with Moving() as world:
+            world["0.1"].die()
+            world.wait_serving("0.0", "1.1")
+            world.restart("0.1")
+            world.wait(lambda state: str(state.replication[1].kept_by) == "0.1")
+            world.copies(lag_blocks=0, of="1.1", to="0.1")
+            stamp = world.wait_hold().stamp
+            world.pipeline.held(stamp)
+            assert world["1.1"].wait_told(Flush).stamp == stamp
+            world.wait_serving("0.0", "0.1")
+
+    def test_it_is_called_off_if_the_stage_is_to_stay_after_all(self) -> None:
+        with Moving() as world:
+            world.leave("0.1")
+            stamp = world.wait_hold().stamp
+            world.leave()
+            assert world.wait_hold(False).stamp == stamp
+            step, future = world.submit()
+            world["0.1"].answer(step)
+            assert future.result(PATIENCE_SECONDS).stamp == stamp
+            world.pipeline.held(stamp)  # too late
+            assert not world.pipeline.boundary().hold
+            assert world.state.recoveries_total == 0
+
+    def test_it_is_called_off_if_the_newcomer_dies(self) -> None:
+        with Moving() as world:
+            world["0.1"].flushes = False
+            world.leave("0.1")
+            stamp = world.wait_hold().stamp
+            world.pipeline.held(stamp)
+            world["0.1"].wait_told(Flush)
+            world["1.1"].die()
+            assert world.wait_hold(False).stamp == stamp
+            assert world.serving == ["0.0", "0.1"]
+
+    @pytest.mark.parametrize("victim", ["0.0", "0.1"], ids=["one that stays", "the one that is left"])
+    def test_a_loss_meanwhile_is_a_loss_like_any_other(self, victim: str) -> None:
+        with Moving() as world:
+            world["0.1"].flushes = False
+            world.leave("0.1")
+            world.pipeline.held(world.wait_hold().stamp)
+            world["0.1"].wait_told(Flush)
+            world[victim].die()
+            world.wait_serving("1.0" if victim == "0.0" else "0.0", "1.1")
+            world.pipeline.note_load(0, 0)
+            recovery = world.wait(lambda state: state.recoveries_total == 1).recoveries[-1]
+            assert (recovery.kind, recovery.reason) == (RecoveryKind.BORROW, LossReason.RESET)
+            assert "hold" not in recovery.phases_ms
+
+    def test_two_places_move_at_once(self) -> None:
+        with Moving() as world:
+            world.copies(lag_blocks=0, of="0.0", to="1.0")
+            world.leave("0.0", "0.1")
+            world.pipeline.held(world.wait_hold().stamp)
+            world.wait_serving("1.0", "1.1")
+            assert world["0.0"].count(Flush) + world["0.1"].count(Flush) >= 1
 
     def test_a_stage_that_leaves_keeps_no_copies_if_another_can(self) -> None:
-        with self.world(instances=3) as world:
+        with Moving(instances=3) as world:
             told = world["0.1"].count(ReplicateTo)
             world["1.1"].say(StageLeaving(LONG_SECONDS))
             assert world["0.1"].wait_told(ReplicateTo, told + 1).address == world["2.1"].address
 
-    def test_it_is_left_in_time_whether_or_not_anybody_has_caught_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with self.world() as world:
-            world["0.1"].replication = copying(world["1.1"], lag_blocks=90)
-            world.wait(lambda state: state.replication[1].lag_tokens == 90 * 16)
+    def test_a_stage_that_ends_soon_is_left_whether_or_not_anybody_has_caught_up(self) -> None:
+        with Moving() as world:
+            world.copies(lag_blocks=90)
             world["0.1"].say(StageLeaving(pipeline.MOVE_SECONDS))
+            world.pipeline.held(world.wait_hold().stamp)
             world.wait_serving("0.0", "1.1")

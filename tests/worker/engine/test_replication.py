@@ -173,6 +173,24 @@ class Machine(RuleBasedStateMachine):
     def swap_back(self) -> None:
         self.rig.swap_back()
 
+    @precondition(lambda self: self.rig.own is not None)
+    @rule(delivered=st.sampled_from([0, 3, 1000]))
+    def hold(self, delivered: int) -> None:
+        """Until a move, a loss or `call_off`, nothing is scheduled."""
+        self.rig.hold()
+        self.rig.deliver(delivered)
+
+    @precondition(lambda self: self.rig.pipeline.at.hold)
+    @rule()
+    def call_off(self) -> None:
+        self.rig.call_off()
+
+    @precondition(lambda self: self.rig.stages[1] is self.rig.own)
+    @rule(late=st.booleans())
+    def move(self, late: bool) -> None:
+        """Mostly after `hold`, but it may have taken too long."""
+        self.rig.move(late)
+
     @precondition(lambda self: self.rig.stages[1] is self.rig.own)
     @rule()
     def lose_keeper(self) -> None:
@@ -197,6 +215,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "rig"):
+            self.rig.call_off()
             self.rig.schedule()  # an idle engine notices a loss when it is asked again
             self.rig.run()
             self.rig.check()

@@ -8,7 +8,7 @@ import pytest
 from resilientllm_worker.engine.scheduler import ResilientScheduler
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -27,6 +27,8 @@ def parameters(function: object) -> list[str]:
         (Scheduler._preempt_request, ["request", "timestamp", "drop_stale_output"]),
         (Scheduler.finish_requests, ["request_ids", "finished_status"]),
         (KVCacheManager.reset_prefix_cache, []),
+        (KVCacheManager.get_block_ids, ["request_id"]),
+        (NewRequestData.from_request, ["request", "block_ids", "prefill_token_ids", "uses_mrope"]),
         (BlockPool.get_new_blocks, ["num_blocks"]),
         (BlockPool.free_blocks, ["ordered_blocks"]),
         (BlockPool.touch, ["blocks"]),
@@ -55,7 +57,10 @@ def test_the_scheduler_has_the_state_that_we_change(attribute: str) -> None:
 
 @pytest.mark.parametrize(
     "counter",
-    ["num_computed_tokens", "num_in_flight_tokens", "num_stale_output_tokens", "drop_stale_output", "arrival_time"],
+    [
+        *("num_computed_tokens", "num_in_flight_tokens", "num_stale_output_tokens", "drop_stale_output"),
+        *("arrival_time", "num_prompt_tokens", "_all_token_ids"),
+    ],
 )
 def test_a_request_has_the_counters_that_we_read(counter: str) -> None:
     assert counter in Request("r", [1], None, _pooling(), arrival_time=3.0).__dict__

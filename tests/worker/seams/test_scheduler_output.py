@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from resilientllm_worker.protocol.messages import CachedRequests, Grammar, NewRequest, Step
 from resilientllm_worker.seams.errors import Malformed, Unsupported
-from resilientllm_worker.seams.scheduler_output import decode_step, encode_step, unsupported
+from resilientllm_worker.seams.scheduler_output import decode_step, encode_step, send_anew, unsupported
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
@@ -26,6 +26,25 @@ def carried(
 ) -> tuple[SchedulerOutput, GrammarOutput | None]:
     assert unsupported(output) is None
     return decode_step(over_the_wire(encode_step(output, grammar, STAMP, 1)))
+
+
+class TestSendingAnew:
+    @pytest.mark.parametrize("tokens", [[[5], [6]], []], ids=["several stages", "one stage"])
+    def test_a_running_request_becomes_a_new_one_with_what_the_step_says_of_it(self, tokens: list[list[int]]) -> None:
+        cached = CachedRequestData(["c", "d"], set(), tokens, {}, [([7],), None], [9, 3], [4, 1])
+        output = a_scheduler_output(scheduled_cached_reqs=cached, num_scheduled_tokens={"c": 1, "d": 1})
+        send_anew(output, {"c": a_new_request("c", num_computed_tokens=10, block_ids=([1, 7],))})
+        (new,) = output.scheduled_new_reqs
+        assert (new.req_id, new.num_computed_tokens, new.block_ids) == ("c", 9, ([1, 7],))
+        rest = CachedRequestData(["d"], set(), tokens[1:], {}, [None], [3], [1])
+        assert output.scheduled_cached_reqs == rest
+        assert list(carried(output)[0].num_scheduled_tokens) == ["c", "d"]
+
+    def test_who_is_not_in_the_step_stays_out(self) -> None:
+        output = a_scheduler_output()
+        send_anew(output, {"x": a_new_request("x")})
+        assert not output.scheduled_new_reqs
+        assert output.scheduled_cached_reqs.req_ids == ["c"]
 
 
 class TestAStep:

@@ -10,6 +10,8 @@ import pytest
 from resilientllm_worker.protocol.blocks import pack_blocks, unpack_blocks, unpack_numbers
 from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
+    Flush,
+    Flushed,
     Forget,
     ReplicaHello,
     ReplicateTo,
@@ -160,6 +162,45 @@ def test_after_a_fence_the_lost_stage_can_store_nothing() -> None:
         tell_sealed(engine, seal(9, 3, parent=2))
         report_when(engine, lambda report: not report.connected and report.lag_blocks >= 1)
         assert held(guest.stitch(epoch=3, report=True)) == {1: 1, 2: 2}
+
+
+def flush(engine: Engine, epoch: int = 1, call: int = 99) -> None:
+    engine.connection.send(Flush(call, Stamp(1, epoch)))
+    assert engine.expect(Flushed).call == call
+
+
+def test_a_stage_that_is_left_sends_what_is_open_and_the_newcomer_goes_on_with_it() -> None:
+    with kept() as (own, engine, other), closing(guest := an_engine(other)):
+        store_of(own)[3] = b"half"
+        engine.connection.send(Sealed(Stamp(1, 1), [Seal(3, 3, 2, 2, 1, b"")], []))
+        flush(engine)
+        assert held(guest.stitch(epoch=2, report=True)) == {1: 1, 2: 2, 3: 3}
+        guest.step(0, epoch=2, block_ids=([1, 2, 3],), computed=10)
+        guest.expect(StepResult)
+        slots = other.model.steps[0].new[0].block_ids[0]
+        assert [content(other, slot) for slot in slots] == [b"one", b"two", b"half"]
+        assert held(guest.stitch(epoch=3, report=True)) == {1: 1, 2: 2}, "the step has written into it"
+
+
+def test_a_stage_that_stays_keeps_what_is_open_over_a_stitch() -> None:
+    with a_stage(OTHER) as other, closing(guest := an_engine(other)):
+        guest.stitch(epoch=1)
+        guest.step(0, epoch=1, block_ids=([1, 2],))
+        guest.expect(StepResult)
+        guest.connection.send(Sealed(Stamp(1, 1), [Seal(1, 1, 0, 0, 1, b"")], []))
+        guest.stitch(epoch=2)
+        guest.step(0, epoch=2, block_ids=([1],), computed=3)
+        guest.expect(StepResult)
+        guest.stitch(epoch=3)
+        guest.step(0, epoch=3, block_ids=([2],), computed=3)
+        assert "block" in guest.expect(StepFailed).reason, "that one was not sealed"
+
+
+def test_a_flush_is_answered_also_where_there_is_nothing_to_send_or_it_is_out_of_date() -> None:
+    with kept() as (_, engine, other), closing(guest := an_engine(other)):
+        flush(engine)
+        flush(engine, epoch=7)
+        flush(guest)
 
 
 def test_blocks_of_a_guest_are_sent_home() -> None:

@@ -11,18 +11,32 @@ from typing import Any
 
 from rich.console import Console
 
-from resilientllm_cli.bench import machine, picture, replication_report, report, weights_report
+from resilientllm_cli.bench import machine, move_report, picture, replication_report, report, weights_report
 from resilientllm_cli.bench.measure import measure, quick
-from resilientllm_cli.bench.settings import NO_REPLICATION, NO_WEIGHTS, ReplicationSettings, Settings, WeightsSettings
+from resilientllm_cli.bench.settings import (
+    NO_MOVES,
+    NO_REPLICATION,
+    NO_WEIGHTS,
+    MoveSettings,
+    ReplicationSettings,
+    Settings,
+    WeightsSettings,
+)
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
 
 FAILED = 1
-RECOVERY, THROUGHPUT, REPLICATION, WEIGHTS = PARTS = ("recovery", "throughput", "replication", "weights")
+RECOVERY, THROUGHPUT, REPLICATION, WEIGHTS, MOVES = PARTS = (
+    "recovery",
+    "throughput",
+    "replication",
+    "weights",
+    "moves",
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("bench", help="measure recovery, throughput, replication and start-up")
+    parser = commands.add_parser("bench", help="measure recovery, throughput, replication, start-up and moves")
     picture.add_parser(parser.add_subparsers(title="of a result", metavar="plot"))
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part only; may be repeated")
     parser.add_argument("--kills", type=int, default=Settings.kills, help="of a stage, under load")
@@ -38,6 +52,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--pairs", type=int, default=ReplicationSettings.pairs, help="of runs with replication on and off"
     )
     parser.add_argument("--starts", type=int, default=WeightsSettings.starts, help="of a stage, from each source")
+    parser.add_argument("--moves", type=int, default=MoveSettings.moves, help="of a stage, there and back, under load")
+    parser.add_argument("--sigterms", type=int, default=MoveSettings.sigterms, help="to a stage under load")
     parser.add_argument("--stages", type=int, default=Settings.stages)
     parser.add_argument("--streams", type=int, default=Settings.streams)
     parser.add_argument("--quick", action="store_true", help="few of each: shows that it works")
@@ -64,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         streams=arguments.streams,
         replication=_replication(arguments) if REPLICATION in parts else NO_REPLICATION,
         weights=_weights(arguments) if WEIGHTS in parts else NO_WEIGHTS,
+        moves=MoveSettings(arguments.moves, arguments.sigterms) if MOVES in parts else NO_MOVES,
     )
     _check(settings)
     settings = quick(settings) if arguments.quick else settings
@@ -100,6 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(replication_report.table(result()["replication"]))
     if measured.starts:
         console.print(weights_report.table(result()["weights"]))
+    if measured.moves:
+        console.print(move_report.table(result()["moves"]))
     unharmed = all(kill.tokens.unharmed and not kill.errors for kill in measured.all_of_ours)
     return 0 if unharmed and not broken_off else FAILED
 
@@ -129,6 +148,8 @@ def _check(settings: Settings) -> None:
         "--context-restarts": of_replication.restarts,
         "--pairs": of_replication.pairs,
         "--starts": settings.weights.starts,
+        "--moves": settings.moves.moves,
+        "--sigterms": settings.moves.sigterms,
     }
     for flag, count in counts.items():
         if count < 0:

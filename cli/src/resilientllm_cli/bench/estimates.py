@@ -1,4 +1,4 @@
-"""Estimates with confidence intervals, from samples. Pure.
+"""What samples say: their distribution, and estimates with confidence intervals. Pure.
 
 Intervals are of the bootstrap (percentiles of resampled means or slopes): nothing is assumed of how times are
 distributed, and they are not normal. The same samples give the same interval.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from resilientllm_cli.comparison import percentile
 
 CONFIDENCE_PERCENT = 95.0
 RESAMPLES = 10_000
@@ -24,6 +28,17 @@ class Estimate:
     high: float
     """Ends of the interval of ``CONFIDENCE_PERCENT``."""
     n: int
+
+
+def distribution(samples: Sequence[float]) -> dict[str, Any]:
+    if not samples:
+        return {"n": 0, "p50": None, "p99": None, "samples": []}
+    return {
+        "n": len(samples),
+        "p50": median(samples),
+        "p99": percentile(samples, 99),
+        "samples": list(samples),
+    }
 
 
 def mean_ratio(pairs: Sequence[tuple[float, float]]) -> Estimate | None:

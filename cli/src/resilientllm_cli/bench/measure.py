@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from resilientllm_cli.bench import clients, context_run, overhead_run, throughput, weights_run
+from resilientllm_cli.bench import clients, context_run, move_run, overhead_run, throughput, weights_run
 from resilientllm_cli.bench.kill_run import KillRun, disturb, judge
 from resilientllm_cli.bench.replication_report import ReplicationMeasured
 from resilientllm_cli.bench.report import OURS, STOCK, Measured
@@ -48,7 +48,8 @@ def measure(settings: Settings, measured: Measured, say: Say) -> None:
         settings.directory.absolute() / "logs" / "stock.log",
     )
     replication = settings.replication
-    if settings.kills or settings.throughput_runs or replication.needs_cluster:
+    moves = settings.moves
+    if settings.kills or settings.throughput_runs or replication.needs_cluster or moves.moves or moves.sigterms:
         with LocalCluster(layout) as cluster:
             cluster.wait_ready(READY_SECONDS)
             if settings.kills:
@@ -59,6 +60,7 @@ def measure(settings: Settings, measured: Measured, say: Say) -> None:
                     urls = {OURS: cluster.engines[SERVING].url, STOCK: server.url}
                     throughput.measure(urls, settings, measured.tokens_per_second, say)
             _measure_replication(cluster, settings, measured.replication, say)
+            move_run.measure(cluster, moves, settings.stages, measured.moves, say)
     if settings.restarts or (replication.contexts and replication.restarts):
         with stock() as server:
             server.wait_ready(READY_SECONDS)
@@ -129,4 +131,5 @@ def quick(settings: Settings) -> Settings:
         weights=replace(
             settings.weights, starts=min(settings.weights.starts, 1), bursts=min(settings.weights.bursts, 2)
         ),
+        moves=replace(settings.moves, moves=min(settings.moves.moves, 2), sigterms=min(settings.moves.sigterms, 1)),
     )

@@ -1,4 +1,4 @@
-"""Turns replication on and off in a running cluster, by a newer plan.
+"""Gives engines of a running cluster newer plans; turns replication on and off by one.
 
 Both modes are then measured on the same processes, in turn, with seconds between them: what else the machine does hits
 both alike.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 from resilientllm_api.engine_state import EngineState
 from resilientllm_api.plan import Plan, ReplicationMode
@@ -26,19 +27,31 @@ POLL_SECONDS = 0.05
 
 def switch(cluster: LocalCluster, instance: int, mode: ReplicationMode) -> None:
     """Returns when the engine of ``instance`` has taken the mode up, and all that is sealed is kept if it is Ring."""
-    plan = Plan.model_validate_json(cluster.files.plan(instance).read_text())
+    plan = plan_of(cluster, instance)
     if plan.replication is not mode:
-        plan = plan.model_copy(update={"version": plan.version + 1, "replication": mode})
-        request = urllib.request.Request(
-            f"{cluster.engines[instance].control_url}{PLAN_PATH}",
-            data=plan.model_dump_json(by_alias=True).encode(),
-            headers={"Authorization": f"Bearer {cluster.token}", "Content-Type": "application/json"},
-            method="PUT",
-        )
-        with urllib.request.urlopen(request, timeout=HTTP_SECONDS):
-            pass
+        plan = publish(cluster, instance, replication=mode)
     time.sleep(REPORT_SECONDS)
     settle(cluster, instance, lambda state: state.plan_version >= plan.version and settled(state, mode))
+
+
+def publish(cluster: LocalCluster, instance: int, **changes: Any) -> Plan:
+    """Gives the engine of ``instance`` its plan with ``changes``, as a newer one."""
+    plan = plan_of(cluster, instance)
+    plan = plan.model_copy(update={**changes, "version": plan.version + 1})
+    request = urllib.request.Request(
+        f"{cluster.engines[instance].control_url}{PLAN_PATH}",
+        data=plan.model_dump_json(by_alias=True).encode(),
+        headers={"Authorization": f"Bearer {cluster.token}", "Content-Type": "application/json"},
+        method="PUT",
+    )
+    with urllib.request.urlopen(request, timeout=HTTP_SECONDS):
+        pass
+    return plan
+
+
+def plan_of(cluster: LocalCluster, instance: int) -> Plan:
+    """An engine writes every plan that it is given to its file."""
+    return Plan.model_validate_json(cluster.files.plan(instance).read_text())
 
 
 def settle(cluster: LocalCluster, instance: int, holds: Callable[[EngineState], bool]) -> EngineState:

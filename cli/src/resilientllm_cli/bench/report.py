@@ -9,11 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from resilientllm_cli.bench import replication_report, weights_report
+from resilientllm_cli.bench import move_report, replication_report, weights_report
+from resilientllm_cli.bench.estimates import distribution
 from resilientllm_cli.bench.kill_run import KillRun
+from resilientllm_cli.bench.move_run import MoveRun
 from resilientllm_cli.bench.replication_report import ReplicationMeasured
 from resilientllm_cli.bench.weights_run import Giving, Start
-from resilientllm_cli.comparison import percentile, total
+from resilientllm_cli.comparison import total
 
 OURS, RESTART, STOCK = "ours", "restart", "stock"
 
@@ -28,21 +30,11 @@ class Measured:
     replication: ReplicationMeasured = field(default_factory=ReplicationMeasured)
     starts: list[Start] = field(default_factory=list)
     giving: list[Giving] = field(default_factory=list)
+    moves: list[MoveRun] = field(default_factory=list)
 
     @property
-    def all_of_ours(self) -> list[KillRun]:
-        return [*self.ours, *(run.run for run in self.replication.ours)]
-
-
-def distribution(samples: Sequence[float]) -> dict[str, Any]:
-    if not samples:
-        return {"n": 0, "p50": None, "p99": None, "samples": []}
-    return {
-        "n": len(samples),
-        "p50": median(samples),
-        "p99": percentile(samples, 99),
-        "samples": list(samples),
-    }
+    def all_of_ours(self) -> list[KillRun | MoveRun]:
+        return [*self.ours, *(run.run for run in self.replication.ours), *self.moves]
 
 
 def document(measured: Measured, surroundings: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +54,7 @@ def document(measured: Measured, surroundings: Mapping[str, Any]) -> dict[str, A
         },
         "replication": replication_report.document(measured.replication),
         "weights": weights_report.document(measured.starts, measured.giving, distribution),
+        "moves": move_report.document(measured.moves),
         **surroundings,
     }
 

@@ -84,6 +84,26 @@ NO_WEIGHTS = WeightsSettings(starts=0, bursts=0)
 
 
 @dataclass(frozen=True)
+class MoveSettings:
+    moves: int = 12
+    """There and back, under load."""
+    sigterms: int = 6
+    streams: int = 8
+    tokens: int = 700
+    """Of each stream: it must outlast both moves."""
+    prompt_tokens: int = 512
+    after_tokens: int = 60
+    """A move comes when every stream has so many, so that all are decoding."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(max_tokens=self.tokens)
+
+
+NO_MOVES = MoveSettings(moves=0, sigterms=0)
+
+
+@dataclass(frozen=True)
 class Settings:
     model: Path
     output: Path
@@ -103,6 +123,7 @@ class Settings:
     """A kill comes when every stream has so many, so that all are decoding."""
     replication: ReplicationSettings = field(default_factory=ReplicationSettings)
     weights: WeightsSettings = field(default_factory=WeightsSettings)
+    moves: MoveSettings = field(default_factory=MoveSettings)
 
     @property
     def sampling(self) -> Sampling:

@@ -22,6 +22,7 @@ from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
     EngineHello,
     Failed,
+    Flushed,
     Heartbeat,
     KVAllocated,
     KVDescription,
@@ -285,7 +286,7 @@ class Channel:
                 case KVAllocated():
                     self.has_kv = True
                     self._settle(message.call, message)
-                case Stitched() | KVDescription():
+                case Stitched() | KVDescription() | Flushed():
                     self._settle(message.call, message)
                 case Failed(unreachable=int(place)):
                     self._settle(message.call, CannotLink(message.reason, place))

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from resilientllm_worker.engine.channel import (
     StageGone,
     StepRefused,
 )
+from resilientllm_worker.engine.move import Move, Phase, advance
 from resilientllm_worker.engine.recoveries import Recoveries
 from resilientllm_worker.engine.report import View, engine_state
 from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, keepers
@@ -42,6 +43,7 @@ from resilientllm_worker.protocol.messages import (
     AllocateKV,
     DescribeKV,
     Fence,
+    Flush,
     Forget,
     KVAllocated,
     KVDescription,
@@ -119,6 +121,8 @@ class Boundary:
     """Stages that came into the pipeline since the scheduler last rolled back. The others have all that was sealed."""
     replicates: bool = True
     """The plan wants copies of sealed blocks; if not, nothing needs to be sealed."""
+    hold: bool = False
+    """The pipeline is to change while it works: schedule nothing, and say so when all steps are back (`held`)."""
 
 
 class Pipeline:
@@ -141,6 +145,9 @@ class Pipeline:
         self._failure = ""
         self._opened = False
         self._newcomers: tuple[Holding, ...] = ()
+        self._move: Move | None = None
+        self._held = False
+        """For `_move`: the scheduler holds still, and nothing is in flight."""
         self._recoveries = Recoveries()
         self._in_flight: dict[int, Future[Any]] = {}
         self._next_step = 0
@@ -158,6 +165,8 @@ class Pipeline:
         self._allocation: tuple[str, int, dict[int, list[KVGroup]]] | None = None
         self._suspects: list[tuple[float, LinkReported]] = []
         self._leaving_since: dict[StageId, float] = {}
+        self._flushing: list[Future[Any]] = []
+        """Answers of stages that are to be left."""
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
         self._thread.start()
 
@@ -256,13 +265,14 @@ class Pipeline:
     # --- steps (engine thread) ---------------------------------------------------------------------------------
 
     def boundary(self, wait_seconds: float = 0.0) -> Boundary:
-        """Where things stand between two steps; waits up to ``wait_seconds`` for a complete pipeline."""
+        """Where things stand between two steps; waits up to ``wait_seconds`` until there is something to do."""
         with self._changed:
-            if not self._stitched and wait_seconds:
-                self._changed.wait_for(lambda: self._stitched, wait_seconds)
+            if wait_seconds:
+                self._changed.wait_for(lambda: self._stitched and not self._held, wait_seconds)
             waiting = 0.0 if self._stitched else time.monotonic() - self._incomplete_since
             replicates = self._plan is not None and self._plan.replication is not ReplicationMode.NONE
-            return Boundary(self._stamp, self._stitched, self._capacity, waiting, self._newcomers, replicates)
+            hold = self._move is not None
+            return Boundary(self._stamp, self._stitched, self._capacity, waiting, self._newcomers, replicates, hold)
 
     @property
     def wait_for_donor_seconds(self) -> float:
@@ -288,6 +298,14 @@ class Pipeline:
             channel.send(others)
         serving[-1].send(last)
         return future
+
+    def held(self, stamp: Stamp) -> None:
+        """Nothing of this topology is in flight, nothing will be, and all that was computed under it is sealed."""
+        with self._changed:
+            if self._held or self._move is None or stamp != self._stamp:
+                return
+            self._held = True
+        self._events.put(lambda: None)
 
     def rolled_back(self, boundary: Boundary, requests: int, seconds: float) -> None:
         """The scheduler has stepped back to delivered tokens, and kept what all of ``boundary.newcomers`` hold."""
@@ -516,14 +534,70 @@ class Pipeline:
             # The same stage in another incarnation, or at another address, has nothing of ours.
             was_lost = reason is not None and cause in wanted
             if self._stitched and channels_wanted == self._serving and not was_lost:
+                if self._move is not None:
+                    self._stop_moving()
                 break
             if not is_complete(wanted):
                 self._suspend(wanted, cause, reason, at)
+                break
+            if not was_lost and not self._is_ready(wanted, seen, now):
                 break
             if self._stitch(wanted, cause, reason, at):
                 break
             reason = reason or LossReason.SELF
         self._direct_replication()
+
+    # --- planned moves -----------------------------------------------------------------------------------------
+
+    def _is_ready(self, wanted: Assignment, seen: Mapping[StageId, Sight], now: float) -> bool:
+        """Whether to stitch ``wanted`` at once. If not, a planned move to it is being prepared, step by step."""
+        if not self._loses_nothing(wanted, seen, now):
+            return True
+        move = self._move
+        if move is None or move.wanted != wanted:
+            move = Move(wanted, now if move is None else move.began)
+            logger.info("moves to %s: holds still", " → ".join(map(str, wanted)))
+        before, move = move.phase, advance(move, self._held, all(future.done() for future in self._flushing), now)
+        if move.phase is Phase.FLUSH and before is not Phase.FLUSH:
+            self._flush(wanted)
+        with self._changed:
+            self._move = move
+            self._changed.notify_all()
+        return move.phase is Phase.STITCH
+
+    def _loses_nothing(self, wanted: Assignment, seen: Mapping[StageId, Sight], now: float) -> bool:
+        """Whether all that requests have computed can go along to ``wanted``, and there are any."""
+        if not self._stitched or self._load == (0, 0) or self._plan is None:
+            return False
+        for server, stage in zip(self._serving, wanted, strict=True):
+            if self._channels.get(server.id) is not server or server.id in self._plan.lost:
+                return False
+            if not seen[server.id].usable(now):
+                return False
+            keeper = self._keepers.get(server)
+            if stage != server.id and (keeper is None or keeper.id != stage):
+                return False
+        return True
+
+    def _flush(self, wanted: Assignment) -> None:
+        stamp = self._stamp
+        leaving = [server for server, stage in zip(self._serving, wanted, strict=True) if server.id != stage]
+        self._flushing = [server.call(lambda call: Flush(call, stamp)) for server in leaving]
+
+        def flushed(done: Future[Any]) -> None:
+            if done.exception() is None:  # else the stage is lost, and that is told with its reason
+                self._events.put(lambda: None)
+
+        for future in self._flushing:
+            future.add_done_callback(flushed)
+
+    def _stop_moving(self) -> None:
+        """There is nothing to move to, or the pipeline changes now."""
+        with self._changed:
+            self._move, self._held = None, False
+            self._changed.notify_all()
+
+    # --- where copies go ---------------------------------------------------------------------------------------
 
     def _seen(self) -> dict[StageId, Sight]:
         leaving = {name for name, channel in self._channels.items() if channel.ends_at is not None}
@@ -549,6 +623,8 @@ class Pipeline:
         server = self._serving[channel.id.stage]
         if server is channel or self._replication_obstacle or self._plan.replication is ReplicationMode.NONE:
             return True
+        if self._move is not None and channel.id in self._move.wanted:
+            return True  # what it lacks now is sent in the move
         patience_ends = max(channel.usable_since, self._leaving_since.get(server.id, 0.0)) + CATCH_UP_SECONDS
         if server.ends_at is not None:
             patience_ends = min(patience_ends, server.ends_at - MOVE_SECONDS)
@@ -591,7 +667,9 @@ class Pipeline:
         self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float
     ) -> tuple[Stamp, tuple[Channel, ...]]:
         """Void the topology at hand. From here the engine thread gets `LOST_STEP` for all that was in flight."""
+        move = self._move if reason is None else None
         with self._changed:
+            self._move, self._held = None, False
             stamp = self._stamp = Stamp(self._stamp.term, self._stamp.epoch + 1)
             before = self._serving
             lost, self._in_flight = list(self._in_flight.values()), {}
@@ -600,18 +678,21 @@ class Pipeline:
                 self._incomplete_since = at
             self._stitched = False
             if stamp.epoch > 1:
-                self._record(wanted, cause, reason, at)
+                self._record(wanted, cause, reason, at, move)
         for future in lost:
             future.set_result(LOST_STEP)
         return stamp, before
 
-    def _record(self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float) -> None:
+    def _record(
+        self, wanted: Assignment, cause: StageId | None, reason: LossReason | None, at: float, move: Move | None
+    ) -> None:
         changed = {
             place
             for place, (old, new) in enumerate(zip(self._assignment or wanted, wanted, strict=True))
             if old != new or (reason is not None and new == cause)
         }
-        self._recoveries.begin(changed, self._kind(changed, wanted, reason), reason, at)
+        began, marks = (at, ()) if move is None else (move.began, move.marks)
+        self._recoveries.begin(changed, self._kind(changed, wanted, reason), reason, began, marks)
 
     def _kind(self, changed: set[int], wanted: Assignment, reason: LossReason | None) -> RecoveryKind:
         if reason is not None or self._plan is None:

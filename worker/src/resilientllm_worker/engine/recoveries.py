@@ -5,10 +5,12 @@ Until a token comes after it, everything that goes wrong belongs to one recovery
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from resilientllm_api.engine_state import LossReason, Recovery, RecoveryKind
 from resilientllm_api.plan import StageId
@@ -20,6 +22,8 @@ KEPT = 10
 class _Going:
     record: Recovery
     detected: float
+    marked: float
+    """When the last phase before the fence was over."""
     stitched: float = 0.0
 
 
@@ -42,8 +46,18 @@ class Recoveries:
         """The last ten that are over, oldest first."""
         return tuple(self._recent)
 
-    def begin(self, places: set[int], kind: RecoveryKind, reason: LossReason | None, at: float) -> None:
-        """The topology is void. Opens a record, or widens the open one, which is a loss if any part of it is."""
+    def begin(
+        self,
+        places: set[int],
+        kind: RecoveryKind,
+        reason: LossReason | None,
+        at: float,
+        marks: Sequence[tuple[str, float]] = (),
+    ) -> None:
+        """The topology is void. Opens a record, or widens the open one, which is a loss if any part of it is.
+
+        ``marks`` are phases that are over, in order, each with its end.
+        """
         if self._going is not None:
             record = self._going.record
             update: dict[str, object] = {"stages": tuple(sorted(places | {*record.stages}))}
@@ -56,9 +70,14 @@ class Recoveries:
             kind=kind,
             stages=tuple(sorted(places)),
             reason=reason,
-            detected_at=datetime.now(UTC),
+            detected_at=datetime.now(UTC) - timedelta(seconds=time.monotonic() - at),
         )
-        self._going = _Going(record, detected=at)
+        going = self._going = _Going(record, detected=at, marked=at)
+        phases = {}
+        for name, end in marks:
+            phases[name] = _ms(end - going.marked)
+            going.marked = end
+        going.record = record.model_copy(update={"phases_ms": phases})
 
     def stitched(
         self, served_by: tuple[StageId, ...], began: float, fenced: float, stitched: float, waited: bool
@@ -67,7 +86,7 @@ class Recoveries:
         if (going := self._going) is None:
             return
         phases = dict(going.record.phases_ms)
-        start = going.detected
+        start = going.marked
         if waited:
             phases["wait"] = _ms(began - start)
             start = began

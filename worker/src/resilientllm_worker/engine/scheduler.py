@@ -1,6 +1,7 @@
 """Seam: vLLM's Scheduler. Steps back to delivered tokens when the pipeline changed, and holds still while it is broken.
 
-What the new pipeline has of the requests' KV stays in the prefix cache, so that only the rest is computed again.
+What the new pipeline has of the requests' KV stays in the prefix cache, so that only the rest is computed again. A
+request of which it has everything goes on where it is: so nothing is computed again after a planned move.
 
 Made for vLLM 0.32; relies on ``_preempt_request``, the in-flight and stale counters of `Request`, and
 ``grammar_compile_error_reqs`` (requests in it fail explicitly at the next ``update_from_output``).
@@ -12,7 +13,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
@@ -20,9 +21,11 @@ from resilientllm_worker.engine.meeting_point import pipeline_of
 from resilientllm_worker.engine.pipeline import Boundary, LostStep
 from resilientllm_worker.protocol.messages import Seal, Stamp
 from resilientllm_worker.seams.prefix_cache import PrefixCache
-from resilientllm_worker.seams.scheduler_output import unsupported_in_request
+from resilientllm_worker.seams.scheduler_output import send_anew, unsupported_in_request
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
@@ -54,7 +57,9 @@ class ResilientScheduler(Scheduler):
         self._ended: list[int] = []
         self._seals_told = 0.0
         self._owed: dict[str, int] = {}
-        """Requests that were rolled back and are not scheduled again yet: how many of their tokens had KV."""
+        """Requests that a re-stitch met and that are not scheduled again yet: how many of their tokens had KV."""
+        self._strangers: set[str] = set()
+        """Those of them that still run: no stage knows them."""
         self._limit(boundary.capacity_blocks)
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         obstacle = self._cache.obstacle
@@ -84,10 +89,16 @@ class ResilientScheduler(Scheduler):
         self._rejected &= self.requests.keys()
         if self._rejected:  # empty steps until they have failed, which happens when a step comes back
             return SchedulerOutput.make_empty()
+        if boundary.hold:
+            self._hold()
+            return SchedulerOutput.make_empty()
         self._tell_seals(SEALS_LINGER_SECONDS)
         output = super().schedule(throttle_prefills)
         output.resilient_stamp = self._stamp
+        self._cache.go_on(output.num_scheduled_tokens.keys())
         self._ended += self._cache.end(output.finished_req_ids)
+        if self._strangers:
+            self._introduce(output)
         if self._owed:
             self._note_resumed(output)
         return output
@@ -145,7 +156,15 @@ class ResilientScheduler(Scheduler):
         if not self._pipeline.seal(self._stamp, seals, ended):
             self._cache.unseal(seals)
 
-    # --- rolling back ------------------------------------------------------------------------------------------
+    # --- another pipeline --------------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """The pipeline is about to change while it works: when all steps are back, what they computed goes along."""
+        if any(request.num_in_flight_tokens for request in self.requests.values()):
+            return
+        self._seals += self._cache.seal_all(self.running)
+        self._tell_seals(0.0)
+        self._pipeline.held(self._stamp)
 
     def _roll_back_to(self, boundary: Boundary) -> None:
         """Step back to delivered tokens if the topology has changed. What was computed on lost KV is computed again."""
@@ -156,24 +175,66 @@ class ResilientScheduler(Scheduler):
             # Earlier preemptions too: their outputs in flight are as lost as the others.
             if request.num_stale_output_tokens > 0:
                 request.drop_stale_output = True
-        requests = len(self.running)
-        while self.running:
-            request = self.running.pop()
-            self._owed[request.request_id] = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
-            self._preempt_request(request, started, drop_stale_output=True)
-        self.prev_step_scheduled_req_ids.clear()
         self._cache.unseal(self._seals)
         self._seals = []
-        self._deflate()
+        forgettable: list[NDArray[np.int32]] = []
         if boundary.stitched:
             forgettable = self._cache.keep([(new.blocks, new.numbers) for new in boundary.newcomers])
-            self._limit(boundary.capacity_blocks)
+        running = list(self.running)
+        staying = {request for request in running if self._can_stay(request)}
+        self.running[:] = [request for request in running if request in staying]
+        for request in reversed(running):
+            if request not in staying:
+                self._step_back(request, started)
+        self.prev_step_scheduled_req_ids.clear()
+        self._deflate()
+        if boundary.stitched:
+            while not self._limit(boundary.capacity_blocks) and self.running:
+                self._step_back(self.running.pop(), started)
+            self._strangers = {request.request_id for request in self.running}
+            self._owed.update((request.request_id, request.num_computed_tokens) for request in self.running)
         self._stamp, self._settled = boundary.stamp, boundary.stitched
+        # Who stays is counted when it is sure.
+        requests = len(running) - (0 if boundary.stitched else len(self.running))
         self._pipeline.rolled_back(boundary, requests, time.monotonic() - started)
         if boundary.stitched:
             for new, blocks in zip(boundary.newcomers, forgettable, strict=True):
                 if len(blocks):
                     self._pipeline.forget(boundary.stamp, new.place, blocks)
+
+    def _can_stay(self, request: Request) -> bool:
+        """Whether it can go on as it is, with its blocks: nothing of it is in flight, and every stage has all of it."""
+        params = request.sampling_params
+        if request.num_in_flight_tokens or params is None:
+            return False
+        if params.prompt_logprobs is not None and request.num_computed_tokens < request.num_prompt_tokens:
+            return False  # those of the prompt's first part are in the runner, and nowhere else
+        return self._cache.has_all(request)
+
+    def _step_back(self, request: Request, now: float) -> None:
+        """``request`` is not in `running` any more."""
+        self._owed[request.request_id] = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+        self._preempt_request(request, now, drop_stale_output=True)
+
+    def _introduce(self, output: SchedulerOutput) -> None:
+        """Requests that stayed as they were are new to the stages' runners."""
+        anew = self._strangers.intersection(output.scheduled_cached_reqs.req_ids)
+        if anew:
+            blocks_of = self.kv_cache_manager.get_block_ids
+            requests = [self.requests[name] for name in anew]
+            send_anew(
+                output,
+                {
+                    request.request_id: NewRequestData.from_request(
+                        request, blocks_of(request.request_id), request._all_token_ids
+                    )
+                    for request in requests
+                },
+            )
+        # Those that were preempted since come as new ones anyway.
+        self._strangers = {
+            name for name in self._strangers - output.num_scheduled_tokens.keys() if name in self.requests
+        }
 
     def _note_resumed(self, output: SchedulerOutput) -> None:
         recomputed: list[int] = []
@@ -199,15 +260,19 @@ class ResilientScheduler(Scheduler):
 
     # --- the balloon: blocks that the pipeline cannot hold -------------------------------------------------------
 
-    def _limit(self, capacity_blocks: int) -> None:
-        """Keep out of use what the smallest serving stage has no room for: never a block that has content there."""
+    def _limit(self, capacity_blocks: int) -> bool:
+        """Keep out of use what the smallest serving stage has no room for: never a block that has content there.
+
+        False if requests have too many blocks for that.
+        """
         pool = self.kv_cache_manager.block_pool
         excess = pool.num_gpu_blocks - 1 - capacity_blocks - len(self._balloon)  # the null block is nobody's
         if excess <= 0:
-            return
+            return True
         spare = self._cache.spare(excess)
         pool.touch(spare)
         self._balloon.extend(spare)
+        return len(spare) == excess
 
     def _deflate(self) -> None:
         if self._balloon:

@@ -199,7 +199,8 @@ class StageLeaving(_Struct):
 
 
 class Seal(_Struct):
-    """One KV block that is full and computed on every stage: its content stays until a step writes the block again."""
+    """One KV block that is computed on every stage, and full, or open in a planned move: its content stays until a step
+    writes the block again."""
 
     number: int
     """Names this content of this block, from 1 upward; never used again within a term."""
@@ -212,7 +213,8 @@ class Seal(_Struct):
     owner: int
     """The request that filled it, as a number within the term."""
     key: bytes
-    """vLLM's content hash of all tokens up to the end of this block: equal content has an equal key anywhere."""
+    """vLLM's content hash of all tokens up to the end of this block: equal content has an equal key anywhere. Empty for
+    an open block, whose content stays only until its request goes on."""
 
 
 class Sealed(_Struct):
@@ -237,6 +239,19 @@ class Forget(_Struct):
     stamp: Stamp
     blocks: bytes
     """int32, little-endian."""
+
+
+class Flush(_Struct):
+    """Asks a serving stage to say when all that it was told of until now is with the keeper. Answered by `Flushed`."""
+
+    call: int
+    stamp: Stamp
+
+
+class Flushed(_Struct):
+    """Nothing is on its way any more. What the keeper has, it says itself."""
+
+    call: int
 
 
 class ReplicationReport(_Struct):
@@ -466,6 +481,8 @@ Message = (
     | Sealed
     | ReplicateTo
     | Forget
+    | Flush
+    | Flushed
     | ReplicaHello
     | ReplicaWelcome
     | Replicas

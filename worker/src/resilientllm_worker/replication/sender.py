@@ -80,6 +80,8 @@ class Replicator:
         self._tally = Tally()
         self._backlog = self._no_backlog()
         self._course: _Course | None = None
+        self._flushes: list[Callable[[], object]] = []
+        """Whom to call when nothing lags."""
         self._closed = False
 
     def redirect(
@@ -97,7 +99,9 @@ class Replicator:
             previous, self._backlog = self._course, self._no_backlog()
             course = self._course = None if address is None else _Course(stamp, address, sealed, ended, self._backlog)
             self._changed.notify_all()
+            waiting, self._flushes = self._flushes, []
         _leave(previous)
+        _call(waiting)
         if course is not None:
             threading.Thread(target=self._run, args=(course,), name=f"replicas to {address}", daemon=True).start()
 
@@ -118,6 +122,17 @@ class Replicator:
             self._note((), (), cancelled)
             if self._backlog.cancel(cancelled):
                 self._changed.notify_all()
+
+    def flush(self, done: Callable[[], object]) -> None:
+        """Calls ``done`` when all that was offered is answered by the keeper, or will not be; from any thread.
+
+        Call it while nothing is written: what is cancelled meanwhile is not answered.
+        """
+        with self._changed:
+            self._flushes.append(done)
+            waiting = self._take_flushes()
+            self._changed.notify_all()  # what lingers goes now
+        _call(waiting)
 
     def report(self) -> ReplicationReport:
         sealed_blocks = self._sealed_count()
@@ -143,8 +158,10 @@ class Replicator:
         with self._changed:
             self._closed = True
             course, self._course = self._course, None
+            waiting, self._flushes = self._flushes, []
             self._changed.notify_all()
         _leave(course)
+        _call(waiting)
 
     # --- the sending thread ------------------------------------------------------------------------------------
 
@@ -177,6 +194,14 @@ class Replicator:
     def _note(self, offered: Sequence[tuple[Seal, int]], ended: Sequence[int], cancelled: Sequence[int]) -> None:
         if self._course is not None and self._course.journal is not None:
             self._course.journal.append((offered, ended, cancelled))
+
+    def _take_flushes(self) -> list[Callable[[], object]]:
+        """Under the lock: whom to call now, without it."""
+        course = self._course
+        if course is not None and (course.journal is not None or self._backlog.lag):
+            return []
+        waiting, self._flushes = self._flushes, []
+        return waiting
 
     def _no_backlog(self) -> Backlog:
         return Backlog((), (), self._tally, has_keeper=False, now=0.0)
@@ -246,7 +271,7 @@ class Replicator:
                     wait_seconds = retry_seconds
                     if backlog.pending and backlog.batches_sent < MAX_BATCHES_SENT:
                         linger_seconds = backlog.pending_since + self._linger_seconds - now
-                        if linger_seconds <= 0 or backlog.pending >= self._batch_blocks:
+                        if self._flushes or linger_seconds <= 0 or backlog.pending >= self._batch_blocks:
                             return backlog.take(self._batch_blocks, now)
                         wait_seconds = min(linger_seconds, retry_seconds or linger_seconds)
                     self._changed.wait(wait_seconds)
@@ -280,7 +305,9 @@ class Replicator:
                 with self._changed:
                     course.backlog.answer(kept, time.monotonic())
                     course.retry_seconds = FIRST_RETRY_SECONDS
+                    waiting = self._take_flushes()
                     self._changed.notify_all()
+                _call(waiting)
         except (ConnectionClosed, ProtocolError) as error:
             logger.info("replicas to %s: %s", course.address, error)
         finally:
@@ -291,6 +318,11 @@ class Replicator:
 
 
 _DONE = object()
+
+
+def _call(waiting: Iterable[Callable[[], object]]) -> None:
+    for done in waiting:
+        done()
 
 
 def _leave(course: _Course | None) -> None:

@@ -12,7 +12,7 @@ Relies on vllm/v1/core/block_pool.py: ``get_new_blocks`` is the only way by whic
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ class PrefixCache:
         """Blocks whose hash is not to be trusted: some stage lacks their content."""
         self._doubts = False
         self._last = 0
+        self._open: dict[str, tuple[int, int]] = {}
+        """Requests with a seal on their open block: its place in their table, and which it is."""
         self._owners: dict[str, _Owner] = {}
         self._owners_seen = 0
         self._stock_new = pool.get_new_blocks
@@ -100,12 +102,7 @@ class PrefixCache:
         fresh: list[Seal] = []
         numbers, block_tokens = self._numbers, self.block_tokens
         for request, tokens in processed:
-            owner = self._owners.get(request.request_id)
-            if owner is None:
-                self._owners_seen += 1
-                owner = self._owners[request.request_id] = _Owner(self._owners_seen, request.num_preemptions)
-            elif owner.preemptions != request.num_preemptions:
-                owner.preemptions, owner.sealed = request.num_preemptions, 0  # it has other blocks now
+            owner = self._owner(request)
             full = tokens // block_tokens
             if full <= owner.sealed:
                 continue
@@ -114,19 +111,67 @@ class PrefixCache:
                 block = table[depth]
                 if numbers[block.block_id] or block.block_hash is None:
                     continue
-                self._last += 1
-                numbers[block.block_id] = self._last
-                parent = numbers[table[depth - 1].block_id] if depth else 0
-                fresh.append(Seal(self._last, block.block_id, parent, depth, owner.number, block.block_hash))
+                fresh.append(self._seal(table, depth, owner))
             owner.sealed = full
         return fresh
+
+    def seal_all(self, requests: Iterable[Request]) -> list[Seal]:
+        """New seals of all that these requests have computed, open blocks included; none of them is in a step.
+
+        The seal of an open block holds until `go_on`.
+        """
+        if self.obstacle:
+            return []
+        fresh: list[Seal] = []
+        for request in requests:
+            owner, table = self._owner(request), self._tables[request.request_id]
+            full, begun = divmod(request.num_computed_tokens, self.block_tokens)
+            fresh += [
+                self._seal(table, depth, owner)
+                for depth in range(owner.sealed, full + bool(begun))
+                if not self._numbers[table[depth].block_id]
+            ]
+            if begun:
+                self._open[request.request_id] = (full, table[full].block_id)
+        return fresh
+
+    def go_on(self, requests: Collection[str]) -> None:
+        """These are in the step that is next, which writes their open blocks."""
+        for request in self._open.keys() & requests:
+            depth, block = self._open.pop(request)
+            if any(found.block_id == block for found in self._tables[request][depth : depth + 1]):
+                self._numbers[block] = 0  # else it was preempted meanwhile, and has other blocks
+
+    def has_all(self, request: Request) -> bool:
+        """Whether every stage has all that this request has computed."""
+        count = -(-request.num_computed_tokens // self.block_tokens)
+        table = self._tables[request.request_id][:count]
+        return all(self._numbers[block.block_id] for block in reversed(table))  # the last ones are missing first
+
+    def _owner(self, request: Request) -> _Owner:
+        owner = self._owners.get(request.request_id)
+        if owner is None:
+            self._owners_seen += 1
+            owner = self._owners[request.request_id] = _Owner(self._owners_seen, request.num_preemptions)
+        elif owner.preemptions != request.num_preemptions:
+            owner.preemptions, owner.sealed = request.num_preemptions, 0  # it has other blocks now
+        return owner
+
+    def _seal(self, table: Sequence[KVCacheBlock], depth: int, owner: _Owner) -> Seal:
+        block, numbers = table[depth], self._numbers
+        self._last += 1
+        numbers[block.block_id] = self._last
+        parent = numbers[table[depth - 1].block_id] if depth else 0
+        return Seal(self._last, block.block_id, parent, depth, owner.number, block.block_hash or b"")
 
     def valid(self, seals: Iterable[Seal]) -> list[Seal]:
         """Those whose blocks were not handed out again since."""
         return [seal for seal in seals if self._numbers[seal.block] == seal.number]
 
-    def end(self, requests: Iterable[str]) -> list[int]:
+    def end(self, requests: Collection[str]) -> list[int]:
         """Owners that these requests were; they are gone."""
+        for request in self._open.keys() & requests:
+            del self._open[request]
         return [self._owners.pop(request).number for request in requests if request in self._owners]
 
     # --- another pipeline ----------------------------------------------------------------------------------------
@@ -141,7 +186,8 @@ class PrefixCache:
     def keep(self, held: Sequence[tuple[NDArray[np.int32], NDArray[np.int64]]]) -> list[NDArray[np.int32]]:
         """From now on only sealed blocks that all of ``held`` have (blocks, and numbers of their seals) count.
 
-        Call when no request has blocks. Returns for each of ``held`` the blocks that it may forget.
+        Requests that go on with their blocks must have only such (`has_all`). Returns for each of ``held`` the blocks
+        that it may forget.
 
         Raises:
             ValueError: a block that does not exist.

@@ -15,6 +15,9 @@ Not carried, and not needed by a stage:
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import msgspec
 import numpy as np
 from vllm.sampling_params import SamplingParams
@@ -37,6 +40,29 @@ def unsupported(scheduler_output: SchedulerOutput) -> str | None:
         if (found := unsupported_in_request(request)) is not None:
             return f"request {request.req_id}: {found}"
     return None
+
+
+def send_anew(scheduler_output: SchedulerOutput, requests: Mapping[str, NewRequestData]) -> None:
+    """``requests`` run already, but no stage knows them: the step introduces them.
+
+    They are in it, as cached requests. ``num_computed_tokens`` is taken from there: it is ahead by now elsewhere.
+    """
+    cached = scheduler_output.scheduled_cached_reqs
+    for place, name in enumerate(cached.req_ids):
+        if name in requests:
+            computed = cached.num_computed_tokens[place]
+            scheduler_output.scheduled_new_reqs.append(
+                dataclasses.replace(requests[name], num_computed_tokens=computed)
+            )
+    left = [place for place, name in enumerate(cached.req_ids) if name not in requests]
+    scheduler_output.scheduled_cached_reqs = dataclasses.replace(
+        cached,
+        req_ids=[cached.req_ids[place] for place in left],
+        new_token_ids=[cached.new_token_ids[place] for place in left] if cached.new_token_ids else [],
+        new_block_ids=[cached.new_block_ids[place] for place in left],
+        num_computed_tokens=[cached.num_computed_tokens[place] for place in left],
+        num_output_tokens=[cached.num_output_tokens[place] for place in left],
+    )
 
 
 def encode_step(

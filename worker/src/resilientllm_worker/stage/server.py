@@ -30,6 +30,8 @@ from resilientllm_worker.protocol.messages import (
     EngineHello,
     Failed,
     Fence,
+    Flush,
+    Flushed,
     Forget,
     Heartbeat,
     KVAllocated,
@@ -425,6 +427,8 @@ class StageServer:
                 with self._changed:
                     if message.stamp == tenant.stamp and connection is tenant.engine and tenant.blocks is not None:
                         self._void(tenant, tenant.blocks.forget(unpack_blocks(message.blocks).tolist()))
+            case Flush():
+                self._flush(tenant, message, connection)
             case ReplicateTo():
                 with self._changed:
                     if message.stamp == tenant.stamp and connection is tenant.engine:
@@ -615,6 +619,14 @@ class StageServer:
             if tenant.replicator is not None:
                 slots = tenant.blocks.translate([seal.block for seal in fresh])
                 tenant.replicator.offer(list(zip(fresh, slots, strict=True)), message.ended)
+
+    def _flush(self, tenant: Tenant, message: Flush, engine: Connection) -> None:
+        with self._changed:
+            in_force = message.stamp == tenant.stamp and engine is tenant.engine
+        if in_force and tenant.replicator is not None:
+            tenant.replicator.flush(lambda: _tell(engine, Flushed(message.call)))
+        else:
+            _tell(engine, Flushed(message.call))
 
     def _void(self, tenant: Tenant, blocks: list[int]) -> None:
         """The sealed content of ``blocks`` is no more, or about to be. Under `_changed`, as is all that seals."""
