@@ -104,8 +104,8 @@ class Recovery(Frozen):
     resumed_at: datetime | None = None
     """First token after it, or the time of the stitch when no request was running."""
     phases_ms: dict[str, float] = Field(default_factory=dict)
-    """Milliseconds: ``fence``, ``wait`` (for a donor; absent if there was one), ``stitch``, ``rollBack``, ``resume``,
-    and ``total``."""
+    """Milliseconds: ``hold`` and ``flush`` (of a planned move only), ``wait`` (for a donor; absent if there was one),
+    ``fence``, ``stitch``, ``rollBack``, ``resume``, and ``total``."""
     requests: int = 0
     """Requests that were running."""
     tokens_recomputed: int = 0

@@ -574,9 +574,13 @@ class Pipeline:
                 return False
             if not seen[server.id].usable(now):
                 return False
+            if stage is None or stage == server.id:
+                continue
             keeper = self._keepers.get(server)
-            if stage != server.id and (keeper is None or keeper.id != stage):
+            if keeper is None or keeper.id != stage:
                 return False
+            if self._move is None and not _copies_keep_up(server, self._channels[stage]):
+                return False  # it is moved to because waiting longer was the worse evil
         return True
 
     def _flush(self, wanted: Assignment) -> None:
@@ -630,14 +634,7 @@ class Pipeline:
             patience_ends = min(patience_ends, server.ends_at - MOVE_SECONDS)
         if now > patience_ends:
             return True
-        report = server.replication
-        return (
-            report is not None
-            and report.connected
-            and report.address == channel.ref.address
-            and report.lag_seconds < CAUGHT_UP_SECONDS
-            and report.lag_blocks <= max(FEW_BLOCKS, report.sealed_blocks // 16)
-        )
+        return _copies_keep_up(server, channel)
 
     def _direct_replication(self) -> None:
         """Tell every serving stage where its sealed blocks are to be kept, if that has changed."""
@@ -786,6 +783,18 @@ class Pipeline:
             self._newcomers += tuple(newcomers)
         self._incarnations = incarnations
         return None
+
+
+def _copies_keep_up(server: Channel, keeper: Channel) -> bool:
+    """Whether the keeper has what the stage at work has sealed, but for the last moment's, as of its last heartbeat."""
+    report = server.replication
+    return (
+        report is not None
+        and report.connected
+        and report.address == keeper.ref.address
+        and report.lag_seconds < CAUGHT_UP_SECONDS
+        and report.lag_blocks <= max(FEW_BLOCKS, report.sealed_blocks // 16)
+    )
 
 
 def _error(future: Future[Stitched]) -> BaseException | None:
