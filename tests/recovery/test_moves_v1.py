@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,19 +135,10 @@ def test_a_stage_that_gets_sigterm_is_left_then_ends_and_its_successor_is_moved_
     assert kv_usage(url) == 0.0
 
 
-def moving(cluster: LocalCluster) -> int:
-    """How many moves have been begun."""
-    return cluster.log("engine-0").count("holds still")
-
-
 def begin_a_move_that_waits(cluster: LocalCluster) -> None:
     """To a newcomer that does not answer."""
-    before = moving(cluster)
     publish(cluster, 0, leaving=(OWN,))
-    deadline = time.monotonic() + READY_SECONDS
-    while moving(cluster) == before:
-        assert time.monotonic() < deadline, "no move was begun"
-        time.sleep(0.01)
+    wait_state(cluster, 0, lambda state: state.message == "moves to 0.0, 1.1", "a move that has begun")
 
 
 def test_streams_survive_a_kill_of_the_stage_that_is_just_being_left(whole: LocalCluster) -> None:

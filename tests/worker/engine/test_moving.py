@@ -130,8 +130,10 @@ class TestWithCopies:
     def test_it_is_recorded_with_its_phases(self) -> None:
         with Moving() as world:
             world.leave("0.1")
-            world.pipeline.held(world.wait_hold().stamp)
-            world.wait_serving("0.0", "1.1")
+            stamp = world.wait_hold().stamp
+            assert world.state.message == "moves to 0.0, 1.1"
+            world.pipeline.held(stamp)
+            assert world.wait_serving("0.0", "1.1").message == ""
             world.pipeline.rolled_back(world.pipeline.boundary(), 3, 0.001)
             world.pipeline.resumed([0, 0, 0], 120)
             step, _ = world.submit()

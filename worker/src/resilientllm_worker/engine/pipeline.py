@@ -368,6 +368,7 @@ class Pipeline:
                     stamp=self._stamp,
                     assignment=self._assignment,
                     serving=self._serving if self._stitched else (),
+                    moves_to=self._move.wanted if self._move is not None else None,
                     keepers={channel.id: keeper for channel, keeper in self._keepers.items()},
                     block_tokens=self._block_tokens,
                     obstacle=self._replication_obstacle,
@@ -556,7 +557,7 @@ class Pipeline:
         move = self._move
         if move is None or move.wanted != wanted:
             move = Move(wanted, now if move is None else move.began)
-            logger.info("moves to %s: holds still", " → ".join(map(str, wanted)))
+            logger.info("moves to %s", " → ".join(map(str, wanted)))
         before, move = move.phase, advance(move, self._held, all(future.done() for future in self._flushing), now)
         if move.phase is Phase.FLUSH and before is not Phase.FLUSH:
             self._flush(wanted)

@@ -29,6 +29,8 @@ class View:
     assignment: Assignment
     serving: tuple[Channel, ...]
     """Empty while the pipeline is incomplete."""
+    moves_to: Assignment | None
+    """Where a planned move that has begun leads; None if there is none."""
     keepers: Mapping[StageId, StageRef | None]
     """For each serving stage, who keeps its blocks."""
     block_tokens: int
@@ -88,6 +90,8 @@ def _phase(view: View, own: bool) -> EnginePhase:
 
 
 def _message(view: View) -> str:
+    if view.moves_to is not None:
+        return f"moves to {', '.join(map(str, view.moves_to))}"
     if view.serving:
         return ""
     if view.plan is None:
