@@ -129,7 +129,7 @@ class PrefixCache:
             fresh += [
                 self._seal(table, depth, owner)
                 for depth in range(owner.sealed, full + bool(begun))
-                if not self._numbers[table[depth].block_id]
+                if not (table[depth].is_null or self._numbers[table[depth].block_id])
             ]
             if begun:
                 self._open[request.request_id] = (full, table[full].block_id)
@@ -143,10 +143,13 @@ class PrefixCache:
                 self._numbers[block] = 0  # else it was preempted meanwhile, and has other blocks
 
     def has_all(self, request: Request) -> bool:
-        """Whether every stage has all that this request has computed."""
+        """Whether every stage has all that this request has computed, and still reads."""
+        if self.obstacle:
+            return False
         count = -(-request.num_computed_tokens // self.block_tokens)
         table = self._tables[request.request_id][:count]
-        return all(self._numbers[block.block_id] for block in reversed(table))  # the last ones are missing first
+        # The last ones are missing first.
+        return all(block.is_null or self._numbers[block.block_id] for block in reversed(table))
 
     def _owner(self, request: Request) -> _Owner:
         owner = self._owners.get(request.request_id)
