@@ -9,26 +9,35 @@ that one.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
+from resilientllm_api.engine_state import EnginePhase
+from resilientllm_operator import login
+from resilientllm_operator.kube import KubeClient
 
 from e2e.cluster.errors import CommandFailed
 from e2e.cluster.launch import REPOSITORY
 from e2e.cluster.machine_files import default_mounts
 from e2e.cluster.namespaces import NamespaceProvider
 from e2e.cluster.provider import Cluster
+from tests.operator.builders import engine_state
+from tests.operator.engine_stand import EngineStand
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -173,6 +182,9 @@ class TestInvalidObjects:
             ({"args": ["--pipeline-parallel-size=4"]}, "spec.args must not set what the operator sets itself"),
             ({"args": ["--tensor_parallel_size", "2"]}, "spec.args must not set what the operator sets itself"),
             ({"args": ["-tp", "2"]}, "spec.args must not set what the operator sets itself"),
+            ({"args": ["--shutdown-timeout=9"]}, "spec.recovery.drainTimeout"),
+            ({"recovery": {"drainTimeout": "0s"}}, "recovery.drainTimeout must be from 1s to 1h"),
+            ({"recovery": {"drainTimeout": "61m"}}, "recovery.drainTimeout must be from 1s to 1h"),
             ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "Duplicate value"),
             ({"service": {"port": 70000}}, "should be less than or equal to 65535"),
             ({"stage": {"resources": {"limits": {"memory": "lots"}}}}, "in body should match"),
@@ -232,6 +244,8 @@ class TestRights:
             ("delete", "secrets", "no"),
             ("update", "resilientllms", "no"),
             ("patch", "pods", "no"),
+            ("patch", "poddisruptionbudgets.policy", "yes"),
+            ("delete", "poddisruptionbudgets.policy", "no"),
             ("create", "pods/exec", "no"),
             ("watch", "nodes", "yes"),
             ("patch", "nodes", "no"),
@@ -286,7 +300,7 @@ class TestOperator:
             assert "0/1" in cluster.kubectl("-n", NAMESPACE, "get", "rllm")
 
             cluster.kubectl("-n", NAMESPACE, "delete", "rllm", "tiny")
-            kinds = "pods,services,endpointslices,secrets"
+            kinds = "pods,services,endpointslices,secrets,poddisruptionbudgets"
             eventually("nothing left", lambda: not read(cluster, kinds)["items"])
 
     def test_comes_back_to_the_same_world(
@@ -453,3 +467,207 @@ class TestOperator:
             time.sleep(2)
         text = log.read_text()
         assert "Forbidden" not in text and "Traceback" not in text, text
+
+
+NOWHERE = {"nodeSelector": {"resilientllm.test/nowhere": "true"}}
+"""No node takes such pods, and so no kubelet has a word in what becomes of them."""
+
+
+def unplaced(**spec: Any) -> dict[str, Any]:
+    return manifest(engine=NOWHERE, stage=NOWHERE, **({"instances": 1, "stages": 1} | spec))
+
+
+def pods(cluster: Cluster) -> dict[str, str]:
+    """Names without their suffixes, and uids, of the pods that are not on their way out."""
+    return {
+        pod["metadata"]["name"].rsplit("-", 1)[0]: pod["metadata"]["uid"]
+        for pod in read(cluster, "pods")["items"]
+        if "deletionTimestamp" not in pod["metadata"]
+    }
+
+
+def conditions(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    """By type, as far as they speak of the present spec."""
+    obj = read(cluster, "rllm/tiny")
+    found = obj.get("status", {}).get("conditions", [])
+    return {each["type"]: each for each in found if each["observedGeneration"] == obj["metadata"]["generation"]}
+
+
+class TestChanges:
+    @pytest.fixture
+    def made(self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+        """An object whose pods are there. None of them serves: what must be replaced is replaced at once."""
+        with operator(kubeconfig, tmp_path / "log"):
+            apply(cluster, unplaced())
+            eventually("2 pods", lambda: len(pods(cluster)) == 2)
+            eventually("a status", lambda: conditions(cluster))
+            yield pods(cluster)
+
+    @pytest.mark.parametrize(
+        ("changes", "replaced"),
+        [
+            ({"image": f"{IMAGE}-2"}, {"tiny-0-s0", "tiny-0-engine"}),
+            ({"args": ["--max-model-len=64"]}, {"tiny-0-s0", "tiny-0-engine"}),
+            ({"env": [{"name": "A", "value": "1"}]}, {"tiny-0-s0", "tiny-0-engine"}),
+            ({"replication": {"poolPercent": 50}}, {"tiny-0-s0"}),
+            ({"stage": NOWHERE | {"resources": {"limits": {"memory": "1Gi"}}}}, {"tiny-0-s0"}),
+            ({"engine": NOWHERE | {"env": [{"name": "A", "value": "1"}]}}, {"tiny-0-engine"}),
+            ({"replication": {"mode": "None"}}, set()),
+            ({"recovery": {"drainTimeout": "20s", "waitForDonor": "5s", "heartbeatTimeout": "4s"}}, set()),
+            ({"service": {"port": 8080}}, set()),
+            ({"instances": 2}, set()),
+        ],
+        ids=str,
+    )
+    def test_replace_what_they_must(
+        self, cluster: Cluster, made: dict[str, str], changes: dict[str, Any], replaced: set[str]
+    ) -> None:
+        apply(cluster, unplaced(**changes))
+        eventually("the change is seen", lambda: conditions(cluster))
+
+        def settled() -> bool:
+            now = pods(cluster)
+            return made.keys() <= now.keys() and {name for name in made if now[name] != made[name]} == replaced
+
+        eventually(f"{replaced or 'nothing'} is replaced", settled)
+        time.sleep(2)  # Nothing more comes of it.
+        assert settled()
+
+    def test_wait_while_they_are_paused(self, cluster: Cluster, made: dict[str, str]) -> None:
+        cluster.kubectl("-n", NAMESPACE, "annotate", "rllm", "tiny", "resilientllm.dev/paused=true")
+        apply(cluster, unplaced(args=["--max-model-len=64"]))
+        eventually(
+            "Progressing says Paused", lambda: conditions(cluster).get("Progressing", {}).get("reason") == "Paused"
+        )
+        assert pods(cluster) == made
+        cluster.kubectl("-n", NAMESPACE, "annotate", "rllm", "tiny", "resilientllm.dev/paused-")
+        eventually("both pods are replaced", lambda: len(pods(cluster).items() - made.items()) == 2)
+
+
+class TestBudgets:
+    def test_let_one_of_two_copies_go(self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path) -> None:
+        with operator(kubeconfig, tmp_path / "log"):
+            apply(cluster, unplaced(instances=2))
+
+            def budgets() -> dict[str, Any]:
+                items = read(cluster, "poddisruptionbudgets")["items"]
+                return {each["metadata"]["name"]: each for each in items if each.get("status", {}).get("expectedPods")}
+
+            eventually(
+                "two budgets that the cluster understands", lambda: budgets().keys() == {"tiny-engines", "tiny-s0"}
+            )
+            for budget in budgets().values():
+                assert (budget["status"]["expectedPods"], budget["status"]["desiredHealthy"]) == (2, 1)
+                (condition,) = budget["status"]["conditions"]
+                assert condition["reason"] != "SyncFailed"
+            apply(cluster, unplaced(instances=1))
+            eventually("no pod has to stay", lambda: {b["spec"]["minAvailable"] for b in budgets().values()} == {0})
+
+
+class TestRouting:
+    """An engine's own control server tells its state; what reaches the EndpointSlice of it, and how soon."""
+
+    SECONDS = 10.0
+    """Only a bound. What it takes is printed: the aim is less than 1."""
+
+    @pytest.fixture
+    def engine(self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path) -> Iterator[EngineStand]:
+        with operator(kubeconfig, tmp_path / "log"):
+            apply(cluster, unplaced())
+            eventually("2 pods", lambda: len(pods(cluster)) == 2)
+            token = eventually("a token", lambda: read(cluster, "secrets")["items"])[0]["data"]["token"]
+            with EngineStand(_address_of_ours(cluster), b64decode(token), tmp_path, engine_state(0, 1)) as stand:
+                _place(cluster, stand.host)
+                eventually("the instance serves", lambda: conditions(cluster).get("Ready", {}).get("status") == "True")
+                yield stand
+
+    def test_follows_the_engine(self, cluster: Cluster, kubeconfig: Path, engine: EngineStand) -> None:
+        took: dict[str, float] = {}
+
+        async def follow() -> None:
+            async with login.connect(login.choose(kubeconfig), aiohttp.TraceConfig()) as kube:
+
+                async def becomes(what: str, ready: bool, serving: bool, terminating: bool = False) -> None:
+                    since, wanted = time.monotonic(), {"ready": ready, "serving": serving, "terminating": terminating}
+                    async with asyncio.timeout(self.SECONDS):
+                        while (found := await _endpoint(kube)) != wanted:
+                            await asyncio.sleep(0.01)
+                    assert found == wanted
+                    took[what] = time.monotonic() - since
+
+                async def never_less() -> None:
+                    """For as long as the operator needs to notice a change."""
+                    before = await _endpoint(kube)
+                    for _ in range(20):
+                        assert await _endpoint(kube) == before
+                        await asyncio.sleep(0.05)
+
+                engine.says(phase=EnginePhase.WAITING, serving=False)
+                await becomes("waits for a donor", False, False)
+                engine.says(phase=EnginePhase.DEGRADED, serving=True)
+                await becomes("served by a donor, and verified", True, True)
+                engine.says(phase=EnginePhase.RECOVERING, serving=False)
+                await never_less()
+                engine.says(phase=EnginePhase.SERVING, serving=True)
+                await never_less()
+                engine.store.tell(leaving=True)
+                await becomes("told to end", False, True)
+                engine.store.tell(leaving=False)
+                await becomes("told otherwise", True, True)
+                # Without a kubelet, a finalizer keeps the pod in Terminating.
+                patch = json.dumps({"metadata": {"finalizers": ["resilientllm.test/keep"]}})
+                name = (await _engine_pod(kube))["metadata"]["name"]
+                cluster.kubectl("-n", NAMESPACE, "patch", "pod", name, "--type=merge", "-p", patch)
+                await asyncio.to_thread(cluster.kubectl, "-n", NAMESPACE, "delete", "pod", name, "--wait=false")
+                await becomes("terminating", False, True, True)
+                engine.says(phase=EnginePhase.WAITING, serving=False)
+                await becomes("terminating, without a donor", False, False, True)
+                cluster.kubectl(
+                    "-n", NAMESPACE, "patch", "pod", name, "--type=merge", "-p", '{"metadata":{"finalizers":null}}'
+                )
+
+        asyncio.run(follow())
+        print("seconds until the EndpointSlice said so:", {what: round(each, 3) for what, each in took.items()})
+
+    def test_a_roll_out_waits_for_the_requests_of_the_engine(
+        self, cluster: Cluster, kubeconfig: Path, engine: EngineStand
+    ) -> None:
+        made = pods(cluster)
+        engine.says(requests_running=1)
+        apply(cluster, unplaced(args=["--max-model-len=64"]))
+        eventually("it drains", lambda: read(cluster, "rllm/tiny")["status"].get("drain"))
+        eventually("the engine is told", lambda: engine.store.plan is not None and engine.store.plan.draining)
+        time.sleep(5)  # Longer than an idle engine would be left.
+        assert pods(cluster) == made
+        assert read(cluster, "rllm/tiny")["status"]["instances"][0]["phase"] == "Draining"
+        engine.says(requests_running=0)
+        eventually("both pods are replaced", lambda: len(pods(cluster).items() - made.items()) == 2)
+
+
+def _address_of_ours(cluster: Cluster) -> str:
+    """An address of this machine that the cluster's nodes know, and that may stand in an EndpointSlice."""
+    node = read(cluster, "nodes")["items"][0]["status"]["addresses"][0]["address"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((node, 9))
+        return str(probe.getsockname()[0])
+
+
+def _place(cluster: Cluster, address: str) -> None:
+    """Gives the pods an address, as a kubelet would."""
+    status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}]}
+    patch = json.dumps({"status": status | {"conditions": [{"type": "Ready", "status": "True"}]}})
+    for pod in read(cluster, "pods")["items"]:
+        name = pod["metadata"]["name"]
+        cluster.kubectl("-n", NAMESPACE, "patch", "pod", name, "--subresource=status", "--type=merge", "-p", patch)
+
+
+async def _endpoint(kube: KubeClient) -> dict[str, bool] | None:
+    """What is said of the first engine."""
+    slices = await kube.get("EndpointSlice", NAMESPACE, "tiny-engines")
+    endpoints = (slices or {}).get("endpoints") or [{}]
+    return endpoints[0].get("conditions")
+
+
+async def _engine_pod(kube: KubeClient) -> dict[str, Any]:
+    (pod,) = (await kube.list("Pod", NAMESPACE, "resilientllm.dev/role=engine"))[0]
+    return pod
