@@ -215,6 +215,10 @@ class TestOneAtATime:
         assert following is not None
         assert (following.instance, following.deleted_at) == (1, None)
 
+    def test_what_followed_finishes_its_own_requests_when_the_spec_changes_again(self) -> None:
+        world = busy(replaced(settled(settled(changed()), LATER), 0, created=LATER), 0)
+        assert deleted(with_spec(world, args=["--max-model-len=512"]), LATER) == set()
+
     def test_a_single_instance_gives_way_all_the_same(self) -> None:
         assert deleted(settled(changed(1))) == pods_of(0)
 

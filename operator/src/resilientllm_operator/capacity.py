@@ -56,7 +56,7 @@ def is_outdated(world: World, pod: PodView) -> bool:
 def pod_changes(
     world: World,
     hold: HoldStatus | None,
-    expendable: Mapping[int, int | None],
+    expendable: Mapping[str, int | None],
     assessment: Assessment,
     now: datetime,
 ) -> Iterator[CreatePod | DeletePod]:
@@ -67,9 +67,8 @@ def pod_changes(
     wanted = slots(world.object.spec.instances, world.object.spec.stages)
     for pod in world.pods:
         if pod.slot not in wanted and not pod.leaving:
-            if pod.slot.instance in expendable:
-                why = f"{pod.slot} is not wanted any more"
-                yield DeletePod(pod.name, pod.uid, why, expendable[pod.slot.instance])
+            if pod.uid in expendable:
+                yield DeletePod(pod.name, pod.uid, f"{pod.slot} is not wanted any more", expendable[pod.uid])
         elif pod.ended:
             yield DeletePod(pod.name, pod.uid, f"{pod.slot} has ended and will not run again")
     for slot in wanted:
@@ -113,9 +112,8 @@ def _create(world: World, slot: Slot, assessment: Assessment, now: datetime, why
         yield create
 
 
-def _roll_out(world: World, expendable: Mapping[int, int | None]) -> Iterator[DeletePod]:
+def _roll_out(world: World, expendable: Mapping[str, int | None]) -> Iterator[DeletePod]:
     """All older pods of an instance at once: its engine and its stages must agree on their flags."""
     for pod in world.pods:
-        if pod.slot.instance in expendable and not pod.leaving and is_outdated(world, pod):
-            grace_seconds = expendable[pod.slot.instance]
-            yield DeletePod(pod.name, pod.uid, f"{pod.slot} was made from an older spec", grace_seconds)
+        if pod.uid in expendable and is_outdated(world, pod):
+            yield DeletePod(pod.name, pod.uid, f"{pod.slot} was made from an older spec", expendable[pod.uid])

@@ -53,19 +53,18 @@ def drain_of(
 
 def expendable(
     world: World, instances: Sequence[InstanceStatus], drain: DrainStatus | None
-) -> Mapping[int, int | None]:
-    """The instances whose older or unwanted pods may go now, and their grace in seconds, None for the pods' own.
+) -> Mapping[str, int | None]:
+    """The older or unwanted pods that may go now, by uid, and their grace in seconds, None for their own.
 
     Nothing is lost with an instance that does not serve and none of whose stages serves another.
     """
-    given: dict[int, int | None] = {}
+    given: dict[str, int | None] = {}
     if not world.object.paused:
-        given = dict.fromkeys(
-            each.instance for each in instances if not each.serving and not _users(instances, each.instance)
-        )
+        idle = {each.instance for each in instances if not each.serving and not _users(instances, each.instance)}
+        given = {pod.uid: None for pod in _to_go(world) if pod.slot.instance in idle}
     if drain is not None and drain.deleted_at is not None:
         overdue = drain.deleted_at - drain.since >= _timeout(world)
-        given[drain.instance] = OVERDUE_GRACE_SECONDS if overdue else None
+        given |= {pod.uid: OVERDUE_GRACE_SECONDS if overdue else None for pod in _drained_pods(world, drain)}
     return given
 
 
@@ -104,6 +103,15 @@ def is_to_go(world: World, pod: PodView) -> bool:
     return is_outdated(world, pod) or not is_wanted(world, pod.slot)
 
 
+def _to_go(world: World) -> list[PodView]:
+    return [pod for pod in world.pods if not pod.leaving and is_to_go(world, pod)]
+
+
+def _drained_pods(world: World, drain: DrainStatus) -> list[PodView]:
+    """What the drain was for. Those that follow have requests of their own, even if the spec has changed again."""
+    return [pod for pod in _to_go(world) if pod.slot.instance == drain.instance and pod.created <= drain.since]
+
+
 def obstacles(world: World, instances: Sequence[InstanceStatus], instance: int) -> list[str]:
     """Why an instance may not give way now, in words that go on from "until"."""
     wanted = world.object.spec.instances
@@ -122,7 +130,7 @@ def waiting(world: World, instances: Sequence[InstanceStatus]) -> list[tuple[int
 def _due(world: World, instances: Sequence[InstanceStatus]) -> list[tuple[int, DrainReason]]:
     """Instances that have something to lose, and pods that are to go: the highest of the surplus ones first."""
     safe = expendable(world, instances, None)
-    to_go = {pod.slot.instance for pod in world.pods if not pod.leaving and is_to_go(world, pod)} - safe.keys()
+    to_go = {pod.slot.instance for pod in _to_go(world) if pod.uid not in safe}
     wanted = world.object.spec.instances
     surplus = sorted((each for each in to_go if each >= wanted), reverse=True)
     older = sorted(each for each in to_go if each < wanted)
@@ -146,8 +154,7 @@ def _is_idle(world: World, instance: int) -> bool:
 
 def _is_over(world: World, instances: Sequence[InstanceStatus], drain: DrainStatus) -> bool:
     """Whether what came after the drain is done: the instance is gone, or serves again."""
-    mine = [pod for pod in world.pods if pod.slot.instance == drain.instance and not pod.leaving]
-    if any(is_to_go(world, pod) for pod in mine):
+    if _drained_pods(world, drain):
         return False
     if drain.reason is DrainReason.SCALE_DOWN or drain.instance >= world.object.spec.instances:
         return True
@@ -158,8 +165,9 @@ def _is_over(world: World, instances: Sequence[InstanceStatus], drain: DrainStat
 
 def _gives_way(world: World, instance: int, drain: DrainStatus) -> bool:
     """Whether it gets no requests for the drain's sake: from its beginning until there is another engine."""
-    engine = world.engine_pod(instance)
-    return instance == drain.instance and (drain.deleted_at is None or (engine is not None and is_to_go(world, engine)))
+    return instance == drain.instance and (
+        drain.deleted_at is None or world.engine_pod(instance) in _drained_pods(world, drain)
+    )
 
 
 def _users(instances: Sequence[InstanceStatus], instance: int) -> list[int]:

@@ -101,8 +101,8 @@ def _may_attach(world: World, instance: int) -> bool:
         _is_busy(world.engine(pod)) for pod in world.leaving(Slot(instance, Role.ENGINE)) if pod.ip and not pod.ended
     ):
         return False
-    older = (pod for pod in world.pods if pod.slot.instance == instance and not pod.leaving and is_outdated(world, pod))
-    return world.object.paused or not any(older)
+    own = (world.current(Slot(instance, Role.STAGE, stage)) for stage in range(world.object.spec.stages))
+    return world.object.paused or not any(pod is not None and is_outdated(world, pod) for pod in own)
 
 
 def _is_busy(view: EngineView) -> bool:
