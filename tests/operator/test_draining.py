@@ -130,6 +130,12 @@ class TestAnInstanceThatGivesWay:
         assert deleted(world) == set()
         assert deleted(world, OVERDUE) == pods_of(0)
 
+    def test_is_not_taken_for_dead_before_its_engine_was_heard(self) -> None:
+        """It may serve again since the operator before this one ended, or be about to say so."""
+        world = settled(silent(changed(), 0))
+        assert deleted(replace(world, engines={})) == set()
+        assert deleted(world) == pods_of(0)
+
     def test_keeps_its_stages_a_moment_for_those_whose_blocks_they_keep(self) -> None:
         world = settled(with_engine(changed(3), 1, kept_by(1, 0)))
         assert deleted(world) == set()

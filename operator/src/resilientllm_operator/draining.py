@@ -56,12 +56,13 @@ def expendable(
 ) -> Mapping[str, int | None]:
     """The older or unwanted pods that may go now, by uid, and their grace in seconds, None for their own.
 
-    Nothing is lost with an instance that does not serve and none of whose stages serves another.
+    Nothing is lost with an instance that does not serve and none of whose stages serves another. Of one whose engine
+    has not been heard yet that is not known.
     """
     given: dict[str, int | None] = {}
     if not world.object.paused:
-        idle = {each.instance for each in instances if not each.serving and not _users(instances, each.instance)}
-        given = {pod.uid: None for pod in _to_go(world) if pod.slot.instance in idle}
+        down = {each.instance for each in instances if not each.serving and not _users(instances, each.instance)}
+        given = {pod.uid: None for pod in _to_go(world) if pod.slot.instance in down - _unheard(world, instances)}
     if drain is not None and drain.deleted_at is not None:
         overdue = drain.deleted_at - drain.since >= _timeout(world)
         given |= {pod.uid: OVERDUE_GRACE_SECONDS if overdue else None for pod in _drained_pods(world, drain)}
@@ -130,7 +131,7 @@ def waiting(world: World, instances: Sequence[InstanceStatus]) -> list[tuple[int
 def _due(world: World, instances: Sequence[InstanceStatus]) -> list[tuple[int, DrainReason]]:
     """Instances that have something to lose, and pods that are to go: the highest of the surplus ones first."""
     safe = expendable(world, instances, None)
-    to_go = {pod.slot.instance for pod in _to_go(world) if pod.uid not in safe}
+    to_go = {pod.slot.instance for pod in _to_go(world) if pod.uid not in safe} - _unheard(world, instances)
     wanted = world.object.spec.instances
     surplus = sorted((each for each in to_go if each >= wanted), reverse=True)
     older = sorted(each for each in to_go if each < wanted)
@@ -168,6 +169,16 @@ def _gives_way(world: World, instance: int, drain: DrainStatus) -> bool:
     return instance == drain.instance and (
         drain.deleted_at is None or world.engine_pod(instance) in _drained_pods(world, drain)
     )
+
+
+def _unheard(world: World, instances: Sequence[InstanceStatus]) -> set[int]:
+    """Instances that the status does not know as serving, and whose engines have not told this operator otherwise."""
+    engines = {each.instance: world.engine_pod(each.instance) for each in instances if not each.serving}
+    return {
+        instance
+        for instance, pod in engines.items()
+        if pod is not None and pod.ip and world.engine(pod).contact is Contact.UNKNOWN
+    }
 
 
 def _users(instances: Sequence[InstanceStatus], instance: int) -> list[int]:
