@@ -14,7 +14,7 @@ from resilientllm_operator.draining import SETTLE
 from resilientllm_operator.names import Slot
 from resilientllm_operator.node_affinity import nodes_kept_off
 from resilientllm_operator.succession import PATIENCE
-from resilientllm_operator.world import Ailment, PodView, World
+from resilientllm_operator.world import Ailment, Exit, PodView, Waiting, World
 
 from tests.operator.builders import (
     NOW,
@@ -229,6 +229,19 @@ class TestWhereThereIsNoRoom:
         assert condition(self.world(), "Stalled")[:2] == ("True", "Unschedulable")
         assert condition(self.world(), "Ready")[0] == "True"
         assert condition(self.world(), "Degraded")[0] == "False"
+
+    @pytest.mark.parametrize(
+        "trouble",
+        [
+            {"waiting": Waiting("ImagePullBackOff", "not found")},
+            {"waiting": Waiting("CrashLoopBackOff", ""), "restarts": 3, "last_exit": Exit(139, "Segmentation fault")},
+        ],
+    )
+    def test_nobody_leaves_for_a_pod_that_does_not_come_to_run(self, trouble: dict[str, Any]) -> None:
+        assert leaving(with_successor(going(), waiting=Waiting("ContainerCreating", ""))) == ["0.1"]
+        world = with_successor(going(), **trouble)
+        assert leaving(world) == [] and deleted(world) == []
+        assert condition(world, "Stalled")[0] == "True"
 
     def test_a_pod_that_was_kept_off_a_node_which_is_fit_again_is_made_anew(self) -> None:
         faulty = with_condition(going(), "node-free", "GpuMemWatch")

@@ -18,6 +18,7 @@ from resilientllm_operator.capacity import is_outdated
 from resilientllm_operator.draining import departing
 from resilientllm_operator.names import Role, Slot, slots
 from resilientllm_operator.succession import departures
+from resilientllm_operator.trouble import pod_trouble
 from resilientllm_operator.world import Contact, EngineView, World
 
 
@@ -48,7 +49,8 @@ def desired_plans(
     whose memory (the status) was lost.
     """
     obj, addresses = world.object, stage_addresses(world)
-    leaving, lost = departures(world, assessment.signals, assessment.restraint is not None)
+    restrained = assessment.restraint is not None
+    leaving, lost = departures(world, assessment.signals, restrained, lambda pod: bool(pod_trouble(pod, obj.namespace)))
     gone = {"leaving": tuple(sorted(leaving, key=str)), "lost": tuple(sorted(lost, key=str))}
 
     def plans_of(version: int) -> dict[int, Plan]:

@@ -8,7 +8,7 @@ would look to engines like one loss after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 
 from resilientllm_api.crd import NodeAction
@@ -54,8 +54,13 @@ def is_to_go(pod: PodView, signals: Signals) -> bool:
     return signal is not None and signal.is_to_go
 
 
-def departures(world: World, signals: Signals, restrained: bool) -> tuple[frozenset[StageId], frozenset[StageId]]:
-    """The stages that engines shall move away from, and those that they must not use."""
+def departures(
+    world: World, signals: Signals, restrained: bool, cannot_run: Callable[[PodView], bool]
+) -> tuple[frozenset[StageId], frozenset[StageId]]:
+    """The stages that engines shall move away from, and those that they must not use.
+
+    ``cannot_run``: whether something is the matter with a pod that waiting does not mend.
+    """
     leaving, lost = set(), set()
     for slot in slots(world.instances, world.object.spec.stages):
         pod = world.current(slot)
@@ -68,14 +73,15 @@ def departures(world: World, signals: Signals, restrained: bool) -> tuple[frozen
         elif pod.leaving:
             leaving.add(slot.stage_id)
     if not restrained:
-        leaving |= {stage for stages in _moving(world, signals).values() for stage in stages[:1]}
+        leaving |= {stage for stages in _moving(world, signals, cannot_run).values() for stage in stages[:1]}
     return frozenset(leaving), frozenset(lost)
 
 
-def _moving(world: World, signals: Signals) -> dict[int, list[StageId]]:
+def _moving(world: World, signals: Signals, cannot_run: Callable[[PodView], bool]) -> dict[int, list[StageId]]:
     """For each column the stages that may move now, in this order: one after the other, so that one copy is at rest.
 
-    Only when there is a place to go to, and nobody is served there who would have to move with it.
+    Only when there is a place to go to, and nobody is served here who would have to move with it. A stage that works is
+    not given up for a pod that does not come to run.
     """
     columns: dict[int, list[StageId]] = {}
     at_work = users(world)
@@ -86,7 +92,7 @@ def _moving(world: World, signals: Signals) -> dict[int, list[StageId]]:
         following = successor_of(world, pod, signals)
         guests = at_work.get(slot.stage_id, frozenset()) - {slot.instance}
         moves = signals[pod.uid].action is NodeAction.MOVE
-        if moves and following is not None and following.node is not None and not guests:
+        if moves and following is not None and following.node is not None and not guests and not cannot_run(following):
             columns.setdefault(slot.stage_id.stage, []).append(slot.stage_id)
     for stages in columns.values():
         # Who is on the way already goes on.
