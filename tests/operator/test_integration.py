@@ -222,6 +222,7 @@ class TestObjects:
             "heartbeatInterval": "250ms",
             "heartbeatTimeout": "3s",
             "mode": "Act",
+            "weights": "Twin",
             "repeatOffender": {"failures": 3, "window": "1h"},
             "drainTimeout": "5m",
         }
@@ -474,7 +475,7 @@ NOWHERE = {"nodeSelector": {"resilientllm.test/nowhere": "true"}}
 
 
 def unplaced(**spec: Any) -> dict[str, Any]:
-    return manifest(engine=NOWHERE, stage=NOWHERE, **({"instances": 1, "stages": 1} | spec))
+    return manifest(**({"engine": NOWHERE, "stage": NOWHERE, "instances": 1, "stages": 1} | spec))
 
 
 def pods(cluster: Cluster) -> dict[str, str]:
