@@ -48,10 +48,13 @@ class _Clock:
         return Fault(what, self.at, self.at_seconds, evidence)
 
 
-def kill_node(ground: Ground, pod: Pod) -> Fault:
-    """Cuts the power of the node that a stage runs on."""
+def kill_node(ground: Ground, pod: Pod, pids: list[int] | None = None) -> Fault:
+    """Cuts the power of the node that a stage runs on.
+
+    ``pids``: those of :func:`pids_of`, where nobody can be asked for them at this moment.
+    """
     node = node_of(pod)
-    pids = pids_of(ground, pod)
+    pids = pids or pids_of(ground, pod)
     clock = _Clock()
     ground.cluster.kill_node(node)
     assert not faults.is_alive(ground.cluster.layout, node), f"{node} survived"

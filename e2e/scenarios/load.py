@@ -184,5 +184,8 @@ class Load:
     async def _stream(self, client: openai.AsyncOpenAI, sent: Sent) -> None:
         try:
             await run_stream(client, self._model, _TEXTS[sent.stream.index], SAMPLING, sent.stream)
+        except asyncio.CancelledError:
+            sent.stream.error = "nobody waited for its end"
+            raise
         finally:
             sent.ended_seconds = time.monotonic()
