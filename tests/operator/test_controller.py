@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ class Cluster(KubeClient):
     def __init__(self, may_list_nodes: bool) -> None:
         self._may_list_nodes = may_list_nodes
 
-    async def list(self, kind: str, namespace: str | None, selector: str = "") -> tuple[list[dict[str, Any]], int]:
-        return [], 1
+    async def pages(
+        self, kind: str, namespace: str | None, selector: str = ""
+    ) -> AsyncIterator[tuple[list[dict[str, Any]], int]]:
+        yield [], 1
 
     async def may_list(self, kind: str) -> bool:
         return self._may_list_nodes

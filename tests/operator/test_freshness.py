@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from resilientllm_operator.freshness import DUE_SECONDS, MAX_AGE_SECONDS, Freshness
+from resilientllm_operator.freshness import DUE_SECONDS, MAX_AGE_SECONDS, START_SECONDS, Freshness
 
 
 @pytest.fixture
@@ -19,7 +19,14 @@ def test_nothing_is_decided_before_all_kinds_were_listed() -> None:
     made = Freshness(("Pod", "Node"))
     made.listed("Pod", begun=100.0)
     assert "Node objects are not listed anew yet" in str(made.stale(100.0))
-    assert made.due(100.0) == ("Node",)
+
+
+def test_a_first_list_waits_for_the_first_watch_but_not_for_ever() -> None:
+    made = Freshness(("Pod", "Node"))
+    assert made.due(100.0) == ()
+    made.lost("the watch of Pod objects begins", 101.0, "Pod")
+    assert made.due(101.0) == ("Pod",)
+    assert made.due(100.0 + START_SECONDS) == ("Pod", "Node")
 
 
 def test_an_event_before_the_first_list_vouches_for_nothing() -> None:
@@ -60,7 +67,7 @@ def test_after_a_loss_only_lists_that_were_begun_later_count(freshness: Freshnes
 
 
 def test_a_kind_can_be_lost_alone(freshness: Freshness) -> None:
-    freshness.lost("the watch of Pod objects began anew", 110.0, "Pod")
+    freshness.lost("the watch of Pod objects begins", 110.0, "Pod")
     assert freshness.due(110.0) == ("Pod",)
 
 

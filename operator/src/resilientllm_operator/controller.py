@@ -18,13 +18,13 @@ from resilientllm_operator.freshness import Freshness
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import NAME_LABEL, SELECTOR
 from resilientllm_operator.observe import essence, view_node
-from resilientllm_operator.store import Store
+from resilientllm_operator.store import Key, Store
 from resilientllm_operator.whereabouts import Whereabouts
 from resilientllm_operator.world import NodeView
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.25
 """Between two looks at how fresh the view is."""
 CRD_POLL_SECONDS = 2.0
 WATCHED = {
@@ -73,7 +73,8 @@ class Controller:
         """Returns when ResilientLLM objects can be listed, and it is known whether nodes can."""
         while True:
             try:
-                await self._kube.list(KIND, self._namespace)
+                async for _ in self._kube.pages(KIND, self._namespace):
+                    break
                 await self._look_for_nodes()
                 return
             except ApiError as error:
@@ -124,10 +125,13 @@ class Controller:
         """Sets right what no watch vouches for."""
         for kind in self._freshness.due(time.monotonic()):
             begun = time.monotonic()
-            objects, version = await self._kube.list(kind, self._namespace, self.watched[kind])
-            self._store.replace(kind, objects, version)
+            listed, as_of = set[Key](), 0
+            async for objects, version in self._kube.pages(kind, self._namespace, self.watched[kind]):
+                listed |= {self._store.put(kind, obj) for obj in objects}
+                as_of = version
+            self._store.keep_only(kind, listed, as_of)
             self._freshness.listed(kind, begun)
-        if not self._synced:
+        if not self._synced and self._freshness.stale(time.monotonic()) is None:
             # Only now: an object whose pods are not known yet would be taken for one without pods.
             self._synced = True
             self._take_care()

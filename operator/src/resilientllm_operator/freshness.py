@@ -14,6 +14,8 @@ MAX_AGE_SECONDS = 45.0
 """An older view is not acted upon."""
 DUE_SECONDS = 30.0
 """A view that only gets older is set right by a list from here on: its watch is dead."""
+START_SECONDS = 5.0
+"""So long a first list waits for the first watch of its kind, since it would have to be made again after it."""
 
 
 class Freshness:
@@ -24,6 +26,7 @@ class Freshness:
         self._confirmed: dict[str, float] = {}
         self._lost_at: dict[str, float] = {}
         self._why = "nothing was listed yet"
+        self._first: float | None = None
 
     def heard(self, kind: str, now: float) -> None:
         """An event of this kind came, or its watch was opened."""
@@ -51,7 +54,10 @@ class Freshness:
 
     def due(self, now: float) -> tuple[str, ...]:
         """The kinds that are to be listed."""
-        return tuple(kind for kind in self._kinds if self.age(kind, now) > DUE_SECONDS)
+        self._first = now if self._first is None else self._first
+        early = now - self._first < START_SECONDS
+        old = (kind for kind in self._kinds if self.age(kind, now) > DUE_SECONDS)
+        return tuple(kind for kind in old if not early or kind in self._lost_at or kind in self._confirmed)
 
     def stale(self, now: float) -> str | None:
         """Why nothing may be decided from the view as a whole; None if it may."""

@@ -6,9 +6,10 @@ request that waits for minutes would hold up the round that might save an instan
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -17,12 +18,15 @@ from resilientllm_api.crd import API_VERSION, PLURAL
 
 from resilientllm_operator.actions import Manifest
 from resilientllm_operator.names import MANAGER
+from resilientllm_operator.permit import NotPermitted, Permit
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10, connect=3)
 _WRITE_TIMEOUT = aiohttp.ClientTimeout(total=4, connect=3)
 """A write that was begun under the lease ends before another replica may take it (:mod:`lease`)."""
-PAGE = 500
-"""Objects in one answer of a list: parsing all pods of a large cluster at once would hold up all else."""
+REQUESTS = 32
+"""At a time."""
+PAGE = 100
+"""Objects in one answer of a list. All pods of a large cluster at once would hold up all else, and fill the memory."""
 
 RESOURCES = {
     "ResilientLLM": (f"apis/{API_VERSION}", PLURAL),
@@ -58,9 +62,14 @@ class KubeClient:
         headers: Callable[[], Mapping[str, str]],
         traces: Sequence[aiohttp.TraceConfig] = (),
     ) -> None:
+        self.permit: Permit = lambda: None
+        """Asked when a write is about to go out, not when somebody begins to wait for its turn."""
         self._server = server.rstrip("/")
         self._headers = headers
-        connector = aiohttp.TCPConnector(ssl=tls if tls is not None else True, limit=32)
+        # Turns are given here and not by aiohttp, whose time limits would begin with the wait for one. The lease has
+        # no need of one: it must not wait until a thousand objects have been written to.
+        self._turns = asyncio.Semaphore(REQUESTS)
+        connector = aiohttp.TCPConnector(ssl=tls if tls is not None else True, limit=0)
         self._session = aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, trace_configs=list(traces))
 
     async def __aenter__(self) -> Self:
@@ -78,15 +87,16 @@ class KubeClient:
                 return None
             raise
 
-    async def list(self, kind: str, namespace: str | None, selector: str = "") -> tuple[list[Manifest], int]:
-        """All objects, and the resource version at which that was so."""
+    async def pages(
+        self, kind: str, namespace: str | None, selector: str = ""
+    ) -> AsyncIterator[tuple[list[Manifest], int]]:
+        """All objects, some at a time, and the resource version at which they were all."""
         params = {"limit": str(PAGE)} | ({"labelSelector": selector} if selector else {})
-        objects: list[Manifest] = []
         while True:
             page = await self._request("GET", _path(kind, namespace), params=params)
-            objects += page["items"]
+            yield page["items"], int(page["metadata"]["resourceVersion"])
             if not page["metadata"].get("continue"):
-                return objects, int(page["metadata"]["resourceVersion"])
+                return
             params["continue"] = page["metadata"]["continue"]
 
     async def may_list(self, kind: str) -> bool:
@@ -147,6 +157,16 @@ class KubeClient:
         params: Mapping[str, str] | None = None,
         body: Manifest | None = None,
         content_type: str = "application/json",
+    ) -> Manifest:
+        if path.startswith(RESOURCES["Lease"][0]):
+            return await self._send(method, path, params, body, content_type)
+        async with self._turns:
+            if method != "GET" and (why := self.permit()) is not None:
+                raise NotPermitted(why)
+            return await self._send(method, path, params, body, content_type)
+
+    async def _send(
+        self, method: str, path: str, params: Mapping[str, str] | None, body: Manifest | None, content_type: str
     ) -> Manifest:
         async with self._session.request(
             method,

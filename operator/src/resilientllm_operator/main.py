@@ -51,6 +51,7 @@ def build_registry(
         kube = await stack.enter_async_context(login.connect(log_in, watching.trace(freshness)))
         election = Election(kube, *lease, on_change=lambda leads: controller.lead(leads)) if lease else None
         controller = Controller(kube, namespace, freshness, lambda: election is None or election.leads)
+        kube.permit = controller.may_not_act
         await stack.enter_async_context(telemetry.serve(port, lambda: _describe(controller, election)))
         await controller.wait_for_crd()
         if election is not None:

@@ -8,7 +8,7 @@ Only the essence of an object is kept. Whole, the pods of a thousand objects wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from resilientllm_operator.actions import Manifest
@@ -32,7 +32,7 @@ class Store:
         self._on_change = on_change
         self._essence = essence
 
-    def put(self, kind: str, obj: Manifest) -> None:
+    def put(self, kind: str, obj: Manifest) -> Key:
         key = _key(kind, obj)
         known = max(_version(self._objects.get(key)), self._deleted.get(key, 0))
         if _version(obj) > known:
@@ -43,6 +43,7 @@ class Store:
             self._deleted.pop(key, None)
             if before is None or _content(before) != _content(kept):
                 self._on_change(kind, kept)
+        return key
 
     def remove(self, kind: str, obj: Manifest) -> None:
         key = _key(kind, obj)
@@ -53,9 +54,10 @@ class Store:
 
     def replace(self, kind: str, objects: Iterable[Manifest], version: int) -> None:
         """Takes a complete list of one kind, as of ``version``."""
-        listed = {_key(kind, obj): obj for obj in objects}
-        for obj in listed.values():
-            self.put(kind, obj)
+        self.keep_only(kind, {self.put(kind, obj) for obj in objects}, version)
+
+    def keep_only(self, kind: str, listed: Collection[Key], version: int) -> None:
+        """After all objects of a kind that were there at ``version`` were put: forgets what was not among them."""
         for key in [key for key in self._objects if key[0] == kind and key not in listed]:
             if _version(self._objects[key]) <= version and (gone := self._drop(key)) is not None:
                 self._on_change(kind, gone)
