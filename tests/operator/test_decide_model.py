@@ -273,6 +273,7 @@ class OperatorModel(RuleBasedStateMachine):
             pod.view = replace(pod.view, ailments=())
         # A node that is avoided is so for an hour, and the spec has time to be rolled out.
         deadline = self.sim.now + timedelta(hours=1, minutes=20)
+        self.tick(20.0)  # Until then the status speaks of the time before.
         while not (done := self.is_done()) and self.sim.now < deadline:
             self.tick(20.0)
         conditions = {each.type: (each.status, each.reason, each.message) for each in self.sim.object.status.conditions}

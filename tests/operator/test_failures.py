@@ -116,6 +116,16 @@ class TestTheRecord:
         again = with_condition(settled(faulty), "node-1", "GpuMemWatch", since=NOW + MINUTE)
         assert len(failures(again, NOW + MINUTE)) == 2
 
+    def test_has_what_nobody_dates_once(self) -> None:
+        """Who sets a condition by hand may leave its time out."""
+        world = with_condition(healthy_world(), "node-1", "GpuMemWatch")
+        for minute in range(5):
+            world = settled(world, NOW + minute * MINUTE)
+        assert len(world.object.status.failures) == 1
+        crashed = failed(healthy_world())
+        undated = with_pod(crashed, PLACE, last_exit=Exit(1, CRASH))
+        assert len(failures(settled(undated), NOW + MINUTE)) == 1
+
     def test_dates_a_fault_that_was_there_first_from_when_the_stage_came(self) -> None:
         world = with_condition(healthy_world(), "node-1", "Ready", "Unknown", since=NOW - timedelta(days=1))
         (only,) = failures(world)

@@ -33,8 +33,10 @@ def failure_record(world: World, now: datetime) -> tuple[FailureStatus, ...]:
     known = list(world.object.status.failures)
     # What was forgotten because there was so much after it must not come back as new.
     oldest = _utc(known[0].at) if len(known) == KEPT else now - window_of(world)
-    for failure in _seen(world, now):
-        if _utc(failure.at) >= oldest and not any(_is_same(failure, each, now - window_of(world)) for each in known):
+    for failure, is_dated in _seen(world, now):
+        # What has no time of its own, and is said again within the window, is the same one that lasts.
+        since = None if is_dated else now - window_of(world)
+        if _utc(failure.at) >= oldest and not any(_is_same(failure, each, since) for each in known):
             known.append(failure)
     return tuple(sorted(known, key=lambda each: (_utc(each.at), each.node or "", each.stage or "")))[-KEPT:]
 
@@ -54,7 +56,11 @@ def avoided_nodes(world: World, failures: Sequence[FailureStatus], now: datetime
     return tuple(found)
 
 
-def _seen(world: World, now: datetime) -> Iterator[FailureStatus]:
+Seen = tuple[FailureStatus, bool]
+"""A failure, and whether its time is known. If not, it has the present one."""
+
+
+def _seen(world: World, now: datetime) -> Iterator[Seen]:
     stages = [pod for pod in world.pods if pod.slot.role is Role.STAGE]
     for pod in stages:
         yield from _of_a_pod(pod, now)
@@ -63,10 +69,10 @@ def _seen(world: World, now: datetime) -> Iterator[FailureStatus]:
     yield from _told_by_engines(world)
 
 
-def _of_a_pod(pod: PodView, now: datetime) -> Iterator[FailureStatus]:
-    def failure(cause: FailureCause, at: datetime, message: str, exit_code: int | None = None) -> FailureStatus:
-        return FailureStatus(
-            at=at,
+def _of_a_pod(pod: PodView, now: datetime) -> Iterator[Seen]:
+    def failure(cause: FailureCause, at: datetime | None, message: str, exit_code: int | None = None) -> Seen:
+        status = FailureStatus(
+            at=at or now,
             cause=cause,
             stage=str(pod.slot.stage_id),
             pod=pod.name,
@@ -74,22 +80,22 @@ def _of_a_pod(pod: PodView, now: datetime) -> Iterator[FailureStatus]:
             exit_code=exit_code,
             message=message[:_MOST_WORDS],
         )
+        return status, at is not None
 
     if pod.ended:
-        yield failure(FailureCause.ENDED, now, "the pod has ended")
+        yield failure(FailureCause.ENDED, None, "the pod has ended")
     elif pod.last_exit is not None and not pod.leaving and pod.last_exit.code not in _NOT_THE_NODES_FAULT:
-        at = pod.last_exit.at or now
-        yield failure(FailureCause.EXITED, at, last_line(pod.last_exit.message), pod.last_exit.code)
+        yield failure(FailureCause.EXITED, pod.last_exit.at, last_line(pod.last_exit.message), pod.last_exit.code)
     for each in pod.ailments:
         if each.certain:
-            yield failure(FailureCause.DEVICE_UNHEALTHY, now, f"{each.resource} {each.device}")
+            yield failure(FailureCause.DEVICE_UNHEALTHY, None, f"{each.resource} {each.device}")
 
 
-def _of_a_node(world: World, name: str, pods: Sequence[PodView], now: datetime) -> Iterator[FailureStatus]:
-    def failure(cause: FailureCause, since: datetime | None, message: str) -> FailureStatus:
+def _of_a_node(world: World, name: str, pods: Sequence[PodView], now: datetime) -> Iterator[Seen]:
+    def failure(cause: FailureCause, since: datetime | None, message: str) -> Seen:
         # A stage that was put on a faulty node met the fault only then.
         at = max(since, min(pod.created for pod in pods)) if since is not None else now
-        return FailureStatus(at=at, cause=cause, node=name, message=message[:_MOST_WORDS])
+        return FailureStatus(at=at, cause=cause, node=name, message=message[:_MOST_WORDS]), since is not None
 
     if not world.nodes:
         return
@@ -106,7 +112,7 @@ def _of_a_node(world: World, name: str, pods: Sequence[PodView], now: datetime) 
             yield failure(FailureCause.NODE_CONDITION, condition.since, kind)
 
 
-def _told_by_engines(world: World) -> Iterator[FailureStatus]:
+def _told_by_engines(world: World) -> Iterator[Seen]:
     """Stages that fell silent: their process hangs, or the network does, and no exit tells of it."""
     before = {
         f"{instance.instance}.{stage.stage}": stage
@@ -120,7 +126,7 @@ def _told_by_engines(world: World) -> Iterator[FailureStatus]:
             assert view.state is not None
             for place in recovery.stages:
                 lost = before.get(f"{view.state.instance}.{place}")
-                yield FailureStatus(
+                failure = FailureStatus(
                     at=recovery.detected_at,
                     cause=FailureCause.SILENT,
                     stage=f"{view.state.instance}.{place}",
@@ -128,22 +134,19 @@ def _told_by_engines(world: World) -> Iterator[FailureStatus]:
                     node=lost.node if lost else None,
                     message="its engine did not hear from it any more",
                 )
+                yield failure, True
 
 
-def _is_same(failure: FailureStatus, known: FailureStatus, window_start: datetime) -> bool:
-    """Whether a failure is in the record already. Of some only the engine or the node knows the time; for the others
-    the same again, in the same pod and the same window, is the same one that lasts."""
-    if failure.cause is not known.cause or failure.stage != known.stage:
+def _is_same(failure: FailureStatus, known: FailureStatus, since: datetime | None) -> bool:
+    """Whether a failure is in the record already. ``since``: it has no time of its own, any since then is it."""
+    if (failure.cause, failure.stage) != (known.cause, known.stage):
         return False
     if failure.cause is FailureCause.SILENT:
         # The pod that was lost may have been replaced since, and so may what is known of it.
         return _utc(failure.at) == _utc(known.at)
-    if (failure.node, failure.pod) != (known.node, known.pod):
+    if (failure.node, failure.pod, failure.message) != (known.node, known.pod, known.message):
         return False
-    if _utc(failure.at) == _utc(known.at):
-        return failure.message == known.message
-    is_undated = failure.cause in (FailureCause.ENDED, FailureCause.DEVICE_UNHEALTHY)
-    return is_undated and failure.message == known.message and _utc(known.at) >= window_start
+    return _utc(failure.at) == _utc(known.at) or (since is not None and _utc(known.at) >= since)
 
 
 def _incidents(failures: Iterable[FailureStatus]) -> list[FailureStatus]:
