@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +109,28 @@ def test_a_killed_rank_ends_its_stage_and_no_stream(whole: LocalCluster, stage: 
     assert compared(expected[0], asyncio.run(stream_all(urls[0], mine))) == Tokens(delivered=140 + 125 + 110 + 95)
     came_from = f"weights came from twin {whole.stage(1, stage).address}"
     assert whole.log(f"stage-0.{stage}").count(came_from) == RANKS, "each rank has its own, from the rank of its number"
+
+
+def test_a_stage_that_gets_sigterm_is_left_before_it_ends_with_all_its_ranks(whole: LocalCluster) -> None:
+    """Without copies requests are computed again, but no token is late for want of a stage."""
+    wanted = asks(3, tokens=140, first=40)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+    pids = {whole.stage(0, 1, rank).pid for rank in range(RANKS)}
+    leader = whole.stage(0, 1).pid
+    assert leader is not None
+
+    def terminate() -> None:
+        os.kill(leader, signal.SIGTERM)
+        whole.wait_for(
+            lambda now: pids.isdisjoint(entry.pid for entry in now.stages), READY_SECONDS, "all its ranks to have ended"
+        )
+
+    (streams,) = with_kill(url, wanted, terminate, after_tokens=30)
+    assert compared(expected, streams) == Tokens(delivered=3 * 140)
+    state = whole.engine_state(0)
+    assert state is not None
+    move = next(recovery for recovery in reversed(state.recoveries) if recovery.kind is not RecoveryKind.SWAP_BACK)
+    assert (move.kind, move.reason, move.stages) == (RecoveryKind.MOVE, None, (1,))
+    assert move.tokens_recomputed > 0
+    assert warden.members({leader}) == []

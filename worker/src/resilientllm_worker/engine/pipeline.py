@@ -597,7 +597,7 @@ class Pipeline:
             future.add_done_callback(flushed)
 
     def _stop_moving(self) -> None:
-        """There is nothing to move to, or the pipeline changes now."""
+        """There is nothing to move to any more: requests go on where they are."""
         with self._changed:
             self._move, self._held = None, False
             self._changed.notify_all()
