@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import socket
@@ -32,39 +31,14 @@ from resilientllm_operator import login
 from resilientllm_operator.kube import KubeClient
 
 from e2e.cluster.errors import CommandFailed
-from e2e.cluster.launch import REPOSITORY
-from e2e.cluster.machine_files import default_mounts
-from e2e.cluster.namespaces import NamespaceProvider
 from e2e.cluster.provider import Cluster
 from tests.operator.builders import engine_state
+from tests.operator.cluster import ACCOUNT, IMAGE, SYSTEM
 from tests.operator.engine_stand import EngineStand
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-SYSTEM = "resilientllm-system"
-ACCOUNT = "resilientllm-operator"
 NAMESPACE = "operator-test"
-IMAGE = "resilientllm/worker:operator-test"
-BIN = REPOSITORY / ".venv" / "bin"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    existing = os.environ.get("RESILIENTLLM_TEST_CLUSTER")
-    provider = NamespaceProvider(existing or f"operator-{os.getpid()}")
-    try:
-        made: Cluster = provider.existing() if existing else provider.up(1, mounts=default_mounts(REPOSITORY))
-        made.kubectl("apply", "-k", str(REPOSITORY / "manifests" / "base"))
-        # The process under test stands in for the Deployment.
-        made.kubectl("-n", SYSTEM, "scale", "deployment", ACCOUNT, "--replicas=0")
-        made.kubectl("wait", "--for=condition=Established", "crd/resilientllms.resilientllm.dev", "--timeout=30s")
-        made.load_thin_image(
-            IMAGE, entrypoint=[str(BIN / "python")], env={"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin"}
-        )
-        yield made
-    finally:
-        if not existing:
-            provider.down()
 
 
 @pytest.fixture(scope="module")
