@@ -98,6 +98,12 @@ class TestABorrowedStage:
         assert unhealthy.reason == "ReplicationUnhealthy"
         assert events(settled(borrowing())) == []
 
+    def test_of_a_stage_that_the_plan_forbids_is_not_called_a_loss_for_unknown_reasons(self) -> None:
+        forbidden = BORROW.model_copy(update={"reason": None})
+        world = with_engine(healthy_world(), 0, borrowed(0, 1, donor=1, recoveries=(forbidden,)))
+        event, _ = of_type(decided(world), Announce)
+        assert event.note.startswith("Stage 0.1 must not be used any more; 1.1 stands in.")
+
     def test_is_announced_when_it_is_over(self) -> None:
         unfinished = BORROW.model_copy(update={"resumed_at": None, "phases_ms": {}})
         world = with_engine(healthy_world(), 0, borrowed(0, 1, donor=1, recoveries=(unfinished,)))

@@ -61,10 +61,12 @@ def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterat
             note = f"Stage {places} is to go and still works: {each.donor} has taken over, without a loss."
             yield Announce(EventReason.MOVED, note)
             continue
+        # Without a reason of its own the engine did what the plan says: this stage must not be used.
+        lost = f"was lost ({each.reason})" if each.reason else "must not be used any more"
         who = f"{each.donor} stands in" if each.donor else "its own process came back, nobody else stood in"
         yield Announce(
             EventReason.BORROWED if each.donor else EventReason.STAGE_RETURNED,
-            f"Stage {places} was lost ({each.reason or 'reason unknown'}); {who}. It took "
+            f"Stage {places} {lost}; {who}. It took "
             f"{each.took or 'an unknown time'}; {each.requests_affected} running requests were affected, "
             f"{each.tokens_recomputed} tokens were computed again, {each.tokens_kept} were kept.",
             warning=True,
