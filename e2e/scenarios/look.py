@@ -44,6 +44,8 @@ class Look:
     seen: Observation
     leaving: frozenset[str] = frozenset()
     """Uids of pods that are Terminating, perhaps for ever on a node that is gone."""
+    lives: Mapping[str, Mapping[str, datetime]] = field(default_factory=dict)
+    """When a pod was made, scheduled, started and ready, by its uid; Kubernetes counts whole seconds."""
     nodes: Mapping[str, Node] = field(default_factory=dict)
     endpoints: Mapping[str, Endpoint] = field(default_factory=dict)
     """By address."""
@@ -118,6 +120,9 @@ def parse_look(items: Iterable[Json], name: str, at_seconds: float) -> Look:
             for item in items
             if item["kind"] == "Pod" and _is_ours(item, name) and "deletionTimestamp" in item["metadata"]
         ),
+        lives={
+            item["metadata"]["uid"]: _life(item) for item in items if item["kind"] == "Pod" and _is_ours(item, name)
+        },
         nodes={item["metadata"]["name"]: _node(item) for item in items if item["kind"] == "Node"},
         endpoints={
             endpoint["addresses"][0]: _endpoint(endpoint["conditions"])
@@ -130,6 +135,23 @@ def parse_look(items: Iterable[Json], name: str, at_seconds: float) -> Look:
 
 def _is_ours(item: Json, name: str) -> bool:
     return bool(item["metadata"].get("labels", {}).get(NAME_LABEL) == name)
+
+
+def _life(item: Json) -> Mapping[str, datetime]:
+    status = item["status"]
+    since = {each["type"]: each.get("lastTransitionTime") for each in status.get("conditions", ()) if _is_true(each)}
+    container: Json = next(iter(status.get("containerStatuses", ())), {})
+    times = {
+        "made": item["metadata"].get("creationTimestamp"),
+        "scheduled": since.get("PodScheduled"),
+        "started": container.get("state", {}).get("running", {}).get("startedAt"),
+        "ready": since.get("Ready"),
+    }
+    return {what: datetime.fromisoformat(at) for what, at in times.items() if at is not None}
+
+
+def _is_true(condition: Json) -> bool:
+    return bool(condition["status"] == "True")
 
 
 def _node(item: Json) -> Node:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
-from resilientllm_api.crd import ConditionType
+from resilientllm_api.crd import ConditionType, RecoveryStatus
 
 from e2e.cluster.errors import ClusterError, CommandFailed
 from e2e.demo.observation import Pod, waits_for
@@ -15,7 +15,7 @@ from e2e.scenarios.fault import Fault
 from e2e.scenarios.ground import LOOK_SECONDS, STREAMS_SECONDS, Ground
 from e2e.scenarios.load import Load
 from e2e.scenarios.look import Look
-from e2e.scenarios.verdict import Verdict, judge
+from e2e.scenarios.verdict import Verdict, judge, stall_between
 
 MIDDLE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1500
@@ -142,6 +142,7 @@ class Scenario:
                 if verdict
                 else {}
             ),
+            "new_pods": self._new_pods(start) if start else [],
             "recoveries": self._recoveries(start) if start else [],
             "events": [
                 f"{event.reason}: {event.note}"
@@ -151,20 +152,38 @@ class Scenario:
             "cluster_remade": self.ground.remade,
         }
 
+    def _stall_of(self, recovery: RecoveryStatus) -> float | None:
+        """The longest that a client waited on account of one re-stitch: not for want of a core, a moment later."""
+        if self._load is None or recovery.resumed_at is None:
+            return None
+        start, zero = self.first_fault, self.first_fault.at_seconds
+        since, until = ((at - start.at).total_seconds() + zero for at in (recovery.detected_at, recovery.resumed_at))
+        return round(stall_between(self._load.sent, since, until), 3)
+
     def _timeline(self) -> dict[str, float]:
-        """What can be told of every scenario: when a node was called lost, and how a replacement came."""
+        """What can be told of every scenario."""
         if not self.faults:
             return {}
-        known = {pod.uid for pod in self.before.seen.pods}
         seen: dict[str, Callable[[Look], bool]] = {
             "node not ready": lambda look: any(node.ready != "True" for node in look.nodes.values()),
-            "new pod made": lambda look: any(pod.uid not in known for pod in look.seen.pods),
-            "new pod ready": lambda look: any(pod.uid not in known and pod.ready for pod in look.seen.pods),
             "not available": lambda look: not look.seen.is_true(ConditionType.AVAILABLE),
         }
         start = self.first_fault.at_seconds
         first = {what: next((look for look in self.looks[1:] if was(look)), None) for what, was in seen.items()}
         return {what: look.at_seconds - start for what, look in first.items() if look is not None}
+
+    def _new_pods(self, start: datetime) -> list[dict[str, Any]]:
+        """How the replacements came, in seconds from the first fault."""
+        lives = {uid: life for look in self.looks for uid, life in look.lives.items()}
+        return [
+            {
+                "pod": pod.name,
+                "place": pod.place,
+                "node": pod.node,
+                "seconds": {what: round((at - start).total_seconds(), 1) for what, at in lives[pod.uid].items()},
+            }
+            for pod in self.made_since(self.before)
+        ]
 
     def _recoveries(self, start: datetime) -> list[dict[str, Any]]:
         return [
@@ -175,6 +194,7 @@ class Scenario:
                 "donor": each.donor,
                 "reason": each.reason,
                 "after_seconds": round((each.detected_at - start).total_seconds(), 3),
+                "stall_seconds": self._stall_of(each),
                 "restored_after_seconds": (each.restored_at - start).total_seconds() if each.restored_at else None,
                 "phases_ms": each.phases,
                 "requests": each.requests_affected,

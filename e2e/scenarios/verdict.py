@@ -43,14 +43,20 @@ def judge(sent: Iterable[Sent], reference: Reference, fault_seconds: float) -> V
             for each in streams
             if (words := _problem(each, compared[id(each)]))
         ),
-        worst_stall_seconds=max((_stall(each, fault_seconds) for each in streams), default=0.0),
+        worst_stall_seconds=stall_between(streams, fault_seconds, float("inf")),
     )
 
 
-def _stall(sent: Sent, fault_seconds: float) -> float:
-    moments = [sent.asked_seconds, *sent.stream.arrivals_seconds]
-    gaps = (later - earlier for earlier, later in pairwise(moments) if later > fault_seconds)
-    return max(gaps, default=0.0)
+def stall_between(sent: Iterable[Sent], start_seconds: float, end_seconds: float) -> float:
+    """The longest wait for a token that lies, at least in part, between the two moments."""
+    waits = (wait for each in sent for wait in _waits(each))
+    return max(
+        (later - earlier for earlier, later in waits if later > start_seconds and earlier < end_seconds), default=0.0
+    )
+
+
+def _waits(sent: Sent) -> Iterable[tuple[float, float]]:
+    return pairwise([sent.asked_seconds, *sent.stream.arrivals_seconds])
 
 
 def _problem(sent: Sent, tokens: Tokens) -> str:

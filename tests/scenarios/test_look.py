@@ -128,6 +128,26 @@ def test_a_node_that_cannot_be_used_is_not_settled(broken: dict[str, Any]) -> No
     assert not look([*changed, broken]).settled
 
 
+def test_the_life_of_a_pod_is_told_as_far_as_it_has_come() -> None:
+    new = pod(0, 0, "node-2")
+    new["metadata"] |= {"uid": "uid-new", "creationTimestamp": "2026-01-01T00:00:01Z"}
+    new["status"] = {
+        "conditions": [
+            {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:02Z"},
+            {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:03Z"},
+        ],
+        "containerStatuses": [{"state": {"running": {"startedAt": "2026-01-01T00:00:04Z"}}}],
+    }
+
+    life = look([*items(), new]).lives["uid-new"]
+
+    assert {what: (at - START).total_seconds() for what, at in life.items()} == {
+        "made": 1,
+        "scheduled": 2,
+        "started": 4,
+    }
+
+
 @pytest.mark.parametrize(
     ("recoveries", "home"),
     [

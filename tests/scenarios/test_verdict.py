@@ -6,7 +6,7 @@ from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.streams import Stream
 
 from e2e.scenarios.load import Sent
-from e2e.scenarios.verdict import judge
+from e2e.scenarios.verdict import judge, stall_between
 
 REFERENCE = {0: [1, 2, 3, 4], 1: [5, 6, 7, 8]}
 FAULT = 100.0
@@ -64,3 +64,12 @@ def test_a_stream_that_broke_has_lost_what_did_not_come() -> None:
 
 def test_a_stream_that_does_not_end_is_a_problem() -> None:
     assert judge([sent(0, [1, 2, 3, 4], [99, 100, 101, 102], ended=None)], REFERENCE, FAULT).problems
+
+
+def test_a_wait_counts_for_whatever_it_overlaps() -> None:
+    streams = [sent(0, [1, 2, 3, 4], [99, 100, 104, 104.5], asked=98.5)]
+
+    assert stall_between(streams, 101, 102) == 4
+    assert stall_between(streams, 98, 99.5) == 1
+    assert stall_between(streams, 104.1, 104.2) == 0.5
+    assert stall_between(streams, 105, 106) == 0
