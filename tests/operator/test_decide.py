@@ -242,6 +242,12 @@ class TestEndpoints:
     def test_routes_come_first_of_all(self) -> None:
         assert isinstance(decided(silent(healthy_world(), 0))[0], ApplyEndpoints)
 
+    def test_an_engine_that_proved_itself_comes_in_once_that_is_written_down(self) -> None:
+        """An operator that ended in between would not know of the proof, and would have it leave again."""
+        world = settled(with_engine(healthy_world(), 0, engine_state(0), verified=False))
+        kinds = [type(action) for action in decided(with_engine(world, 0, engine_state(0)))]
+        assert kinds.index(WriteStatus) < kinds.index(ApplyEndpoints)
+
     def test_a_terminating_engine_that_still_serves_is_told_so(self) -> None:
         world = with_pod(healthy_world(), engine(0), leaving=True)
         assert self.told(world)["10.0.0.10"] == (False, True, True)

@@ -63,9 +63,15 @@ def decide(world: World, now: datetime) -> list[Action]:
         )
         changes = []
     status = _status(world, able, instances, hold, drain, plan, assessment, would_do, now)
+    endpoints = [*_endpoints(world, instances)]
+    gains = all(routing.only_adds(world.endpoints, each.manifest) for each in endpoints)
     return [
-        *_routes(world, instances),
+        # A dead engine must leave the Service before anything else is done about it. One that has proved itself comes
+        # in when that is written down: an operator that ends in between would have it leave again.
+        *([] if gains else endpoints),
+        *_service(world),
         *_record(world, status),
+        *(endpoints if gains else []),
         # After the record: a version must never name two plans, so it is written down before it is used. So are pairs.
         *planning.publications(world, plans),
         *_verifications(world),
@@ -119,12 +125,14 @@ def _digest(status: ResilientLLMStatus) -> str:
     return hashlib.sha256(status.model_dump_json().encode()).hexdigest()
 
 
-def _routes(world: World, instances: tuple[InstanceStatus, ...]) -> Iterator[Action]:
-    """First of all: a dead engine must leave the Service before anything else is done about it."""
+def _endpoints(world: World, instances: tuple[InstanceStatus, ...]) -> Iterator[ApplyEndpoints]:
     if world.endpoints_owner is not Owner.FOREIGN:
         endpoints = routing.build_endpoints(world, instances)
         if world.endpoints != routing.endpoints_essence(endpoints):
             yield ApplyEndpoints(endpoints)
+
+
+def _service(world: World) -> Iterator[ApplyService]:
     if world.service_owner is not Owner.FOREIGN:
         service = routing.build_service(world.object)
         if world.service != routing.service_essence(service):

@@ -81,6 +81,16 @@ def endpoints_essence(manifest: Mapping[str, Any]) -> Manifest:
     }
 
 
+def only_adds(before: Mapping[str, Any] | None, manifest: Manifest) -> bool:
+    """Whether everything that gets requests by ``before``, an essence, goes on doing so."""
+    return _ready_addresses(before or {}) <= _ready_addresses(manifest)
+
+
+def _ready_addresses(endpoints: Mapping[str, Any]) -> set[str]:
+    ready = [each for each in endpoints.get("endpoints", []) if each["conditions"]["ready"]]
+    return {address for each in ready for address in each["addresses"]}
+
+
 def _metadata(obj: ObjectView, name: str, labels: dict[str, str]) -> Manifest:
     return {
         "name": name,
