@@ -348,9 +348,18 @@ class TestOperator:
             patch = json.dumps({"status": {"conditions": [condition]}})
             cluster.kubectl("patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch)
 
+        # The API server takes the health of what a container has asked for only.
+        asks = {"resources": {"requests": {"cpu": "1m"}}}
+        one = {
+            "image": "example.invalid/none:0",
+            "imagePullPolicy": "Never",
+            "instances": 1,
+            "stages": 1,
+            "stage": asks,
+        }
         log = tmp_path / "log"
         with operator(kubeconfig, log):
-            apply(cluster, manifest(image="example.invalid/none:0", imagePullPolicy="Never", instances=1, stages=1))
+            apply(cluster, manifest(**one))
             eventually(
                 "the kubelet's word", lambda: any("containerStatuses" in p["status"] for p in stage_pods().values())
             )
@@ -381,7 +390,7 @@ class TestOperator:
             eventually("only the first pod is left", lambda: set(stage_pods()) == {first})
 
             # The kubelet soon writes over it; what was seen is in the record.
-            sick = [{"name": "nvidia.com/gpu", "resources": [{"resourceID": "GPU-1", "health": "Unhealthy"}]}]
+            sick = [{"name": "cpu", "resources": [{"resourceID": "GPU-1", "health": "Unhealthy"}]}]
             path = "/status/containerStatuses/0/allocatedResourcesStatus"
             patch = json.dumps([{"op": "add", "path": path, "value": sick}])
             cluster.kubectl("-n", NAMESPACE, "patch", "pod", first, "--subresource=status", "--type=json", "-p", patch)
@@ -644,5 +653,6 @@ async def _endpoint(kube: KubeClient) -> dict[str, bool] | None:
 
 
 async def _engine_pod(kube: KubeClient) -> dict[str, Any]:
-    (pod,) = (await kube.list("Pod", NAMESPACE, "resilientllm.dev/role=engine"))[0]
+    found = [pod async for page, _ in kube.pages("Pod", NAMESPACE, "resilientllm.dev/role=engine") for pod in page]
+    (pod,) = found
     return pod
