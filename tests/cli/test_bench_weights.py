@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from resilientllm_cli.bench import page_cache, weights_report
-from resilientllm_cli.bench.report import distribution
+from resilientllm_cli.bench.estimates import distribution
 from resilientllm_cli.bench.weights_run import COLD, SOURCES, TWIN, Burst, Giving, Start, split
 from resilientllm_cli.streams import Stream
 

@@ -221,8 +221,8 @@ def engine(instance: int) -> Slot:
     return Slot(instance, Role.ENGINE)
 
 
-def of_type(actions: Iterable[Action], kind: type[A]) -> list[A]:
-    return [action for action in actions if isinstance(action, kind)]
+def of_type(actions: Iterable[Action], *kinds: type[A]) -> list[A]:
+    return [action for action in actions if isinstance(action, kinds)]
 
 
 def decided(world: World, at: datetime = NOW) -> list[Action]:

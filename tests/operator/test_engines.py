@@ -219,7 +219,12 @@ class TestAnEngineThatIsWatched:
             async with self.watched(tmp_path) as (store, engines, changes):
                 for requests in (7, 0):
                     store.tell(state=engine_state(0, requests_running=requests))
-                    await until(lambda requests=requests: engines.views["uid"].state.requests_running == requests)
+
+                    def heard_so(requests: int = requests) -> bool:
+                        state = engines.views["uid"].state
+                        return state is not None and state.requests_running == requests
+
+                    await until(heard_so)
                 assert len(changes) == 3
 
         asyncio.run(run())

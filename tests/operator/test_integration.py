@@ -350,7 +350,7 @@ class TestOperator:
 
         # The API server takes the health of what a container has asked for only.
         asks = {"resources": {"requests": {"cpu": "1m"}}}
-        one = {
+        one: dict[str, Any] = {
             "image": "example.invalid/none:0",
             "imagePullPolicy": "Never",
             "instances": 1,
@@ -458,7 +458,7 @@ NOWHERE = {"nodeSelector": {"resilientllm.test/nowhere": "true"}}
 
 
 def unplaced(**spec: Any) -> dict[str, Any]:
-    return manifest(**({"engine": NOWHERE, "stage": NOWHERE, "instances": 1, "stages": 1} | spec))
+    return manifest(**{"engine": NOWHERE, "stage": NOWHERE, "instances": 1, "stages": 1, **spec})
 
 
 def pods(cluster: Cluster) -> dict[str, str]:
@@ -649,7 +649,8 @@ async def _endpoint(kube: KubeClient) -> dict[str, bool] | None:
     """What is said of the first engine."""
     slices = await kube.get("EndpointSlice", NAMESPACE, "tiny-engines")
     endpoints = (slices or {}).get("endpoints") or [{}]
-    return endpoints[0].get("conditions")
+    conditions: dict[str, bool] | None = endpoints[0].get("conditions")
+    return conditions
 
 
 async def _engine_pod(kube: KubeClient) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_who_may_not_act_any_more_when_the_turn_comes_does_not_write() -> None:
     asyncio.run(run())
 
 
-def test_a_list_comes_by_pages() -> None:
+def test_a_list_comes_by_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with meeting() as (stand, kube):
             stand.answers.set()
@@ -94,7 +94,7 @@ def test_a_list_comes_by_pages() -> None:
                 more = {"continue": "more"} if len(asked) < 3 else {}
                 return {"items": [{"number": len(asked)}], "metadata": {"resourceVersion": "7", **more}}
 
-            kube._request = page  # type: ignore[method-assign]
+            monkeypatch.setattr(kube, "_request", page)
             found = [items async for items in kube.pages("Pod", None, "a=b")]
             assert found == [([{"number": number}], 7) for number in (1, 2, 3)]
             assert [each.get("continue") for each in asked] == [None, "more", "more"]

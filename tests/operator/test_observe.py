@@ -97,7 +97,7 @@ def test_the_kubelet_says_which_devices_are_not_well() -> None:
     assert observed(RUNNING).ailments == ()
 
 
-NODE = {
+NODE: dict[str, Any] = {
     "metadata": {
         "name": "node-1",
         "resourceVersion": "7",

@@ -87,7 +87,7 @@ def with_successor(world: World, slot: Slot = PLACE, **changes: Any) -> World:
         ip=f"10.0.9.{slot.instance}{slot.stage}",
         node="node-free",
         ready=False,
-        **{"kept_off": nodes_kept_off(made.manifest["spec"])},
+        kept_off=nodes_kept_off(made.manifest["spec"]),
     )
     return replace(world, pods=(*world.pods, replace(view, **changes)))
 
@@ -410,7 +410,7 @@ class TestTheStory:
         older = pod(world.object, PLACE).name
         world = replace(world, pods=tuple(each for each in world.pods if each.name != older))
         world = settled(with_engine(world, 0, engine_state(0, plan_version=3)))
-        assert of_type(decided(world), CreatePod) == of_type(decided(world), DeletePod) == []
+        assert of_type(decided(world), CreatePod, DeletePod) == []
         assert condition(world, "Recovering")[0] == "False"
         assert created(without_pod(world, PLACE))
 

@@ -12,6 +12,7 @@ from resilientllm_api.engine_state import EnginePhase, EngineState, LossReason, 
 from resilientllm_api.plan import Limits
 from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
+from resilientllm_cli.streams import Stream
 
 from tests.recovery.load import READY_SECONDS, asks, compared, merged_steps, stream_all, undisturbed, with_kill
 
@@ -107,7 +108,7 @@ def test_a_returning_stage_is_swapped_in_while_requests_run(whole: LocalCluster)
     url = whole.engines[0].url
     wanted = asks(2, tokens=1500)
     expected = undisturbed(url, wanted)
-    streams: list[object] = []
+    streams: list[Stream] = []
     deadline = time.monotonic() + READY_SECONDS
     whole.kill_stage(0, 1)
     while state_of(whole, 0).on_own_stages:
@@ -115,7 +116,7 @@ def test_a_returning_stage_is_swapped_in_while_requests_run(whole: LocalCluster)
     while not state_of(whole, 0).on_own_stages:
         assert time.monotonic() < deadline
         streams = asyncio.run(stream_all(url, wanted))
-        assert compared(expected, streams) == Tokens(delivered=2 * 1500)  # type: ignore[arg-type]
+        assert compared(expected, streams) == Tokens(delivered=2 * 1500)
     last = state_of(whole, 0).recoveries[-1]
     assert last.kind is RecoveryKind.SWAP_BACK
     assert streams, "the stage was back before any request ran"

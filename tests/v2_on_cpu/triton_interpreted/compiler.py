@@ -11,7 +11,7 @@ def _refuse(self: object, *args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _stub_out(backend: type) -> type:
+def _stub_out(backend: type[Any]) -> type[Any]:
     """Every abstract method refuses, whichever this Triton has."""
     for name in backend.__abstractmethods__ - {"supports_target"}:
         setattr(backend, name, _refuse)
@@ -23,4 +23,4 @@ def _stub_out(backend: type) -> type:
 class InterpretedBackend(BaseBackend):
     @staticmethod
     def supports_target(target: GPUTarget) -> bool:
-        return target.backend == "cpu"
+        return bool(target.backend == "cpu")

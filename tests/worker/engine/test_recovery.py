@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
-from resilientllm_worker.engine.channel import Channel
+from resilientllm_worker.engine.channel import Channel, Event
 from resilientllm_worker.engine.pipeline import LOST_STEP
 from resilientllm_worker.protocol.messages import (
     AllocateKV,
@@ -441,6 +441,10 @@ class TestANewPlan:
             start(channel)
             assert connected.acquire(timeout=PATIENCE_SECONDS)
 
+        def put_and_tell(event: Event) -> None:
+            put(event)
+            connected.release()
+
         with World(instances=1) as world:
             world.attach()
             _, future = world.submit()
@@ -451,9 +455,7 @@ class TestANewPlan:
             monkeypatch.setattr(
                 world.pipeline,
                 "_make_channel",
-                lambda ref, plan: Channel(
-                    ref, 0, DIGEST, TOKEN, 1.0, lambda e: (put(e), connected.release()), world.pipeline._on_result
-                ),
+                lambda ref, plan: Channel(ref, 0, DIGEST, TOKEN, 1.0, put_and_tell, world.pipeline._on_result),
             )
             monkeypatch.setattr(Channel, "start", start_and_wait)
             world.pipeline.set_plan(world.plan())

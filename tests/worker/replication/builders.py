@@ -258,7 +258,7 @@ class Source:
 
     def redirect(self, keeper: Keeper | None, stamp: Stamp = STAMP) -> None:
         sealed = [(seal, seal.block) for seal in sorted(self.sealed.values(), key=lambda seal: seal.number)]
-        self.replicator.redirect(stamp, keeper and keeper.address, lambda: sealed)
+        self.replicator.redirect(stamp, keeper.address if keeper else None, lambda: sealed)
 
     @property
     def numbers(self) -> set[int]:

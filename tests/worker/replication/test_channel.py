@@ -73,9 +73,10 @@ class Landed:
         self._memory = memoryview(b"")
         self.batches: list[tuple[Replicas, bytes]] = []
 
-    def take(self) -> None:
-        batch = self._inlet.receive_replicas(self._allocate)
-        self.batches.append((batch, bytes(self._memory)))
+    def take(self, count: int = 1) -> None:
+        for _ in range(count):
+            batch = self._inlet.receive_replicas(self._allocate)
+            self.batches.append((batch, bytes(self._memory)))
 
     def take_all(self) -> None:
         while True:
@@ -105,7 +106,7 @@ class TestContract:
         ]
         with pair() as (channel, inlet):
             landed = Landed(inlet)
-            receiving = InThread(lambda: [landed.take() for _ in sent])
+            receiving = InThread(lambda: landed.take(len(sent)))
             memory = bytearray(1 << 19)
             for batch, body in sent:
                 memory[: len(body)] = body

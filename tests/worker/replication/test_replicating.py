@@ -136,7 +136,11 @@ class TestKeepers:
                 assert eventually(lambda: source.is_kept_by(keeper))
                 source.compute(10 * breaks + 10)
                 keeper.cut()
-                assert eventually(lambda known=breaks + 1: len(keeper.hellos) > known)
+
+                def greeted_again(known: int = breaks + 1) -> bool:
+                    return len(keeper.hellos) > known
+
+                assert eventually(greeted_again)
             assert eventually(lambda: source.is_kept_by(keeper))
 
     def test_one_that_is_not_there_yet_is_dialled_again(self) -> None:

@@ -88,8 +88,7 @@ def test_so_do_blocks_of_latents(vllm_config: Any, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC"], indirect=True)
 def test_blocks_move_whole_where_a_kernel_splits_them(vllm_config: Any, layout: str) -> None:
-    split = {"kernel_block_size": BLOCK_SIZE // 4}
-    source, target = caches_of(vllm_config, layout, 12, **split), caches_of(vllm_config, layout, 14, **split)
+    source, target = (caches_of(vllm_config, layout, blocks, kernel_block_size=BLOCK_SIZE // 4) for blocks in (12, 14))
     assert len(source[0]) == 4 * 12
     assert_moves(source, target, 12, 14)
 

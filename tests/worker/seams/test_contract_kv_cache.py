@@ -58,7 +58,8 @@ def plan(config: Any, groups: list[KVGroup] | None = None) -> Any:
 def of_engine(config: Any, stages: list[dict[str, KVCacheSpec]], blocks: int) -> list[KVCacheConfig]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config.cache_config, "num_gpu_blocks_override", blocks)
-        return get_kv_cache_configs(config, stages, [ROOM] * len(stages))
+        configs: list[KVCacheConfig] = get_kv_cache_configs(config, stages, [ROOM] * len(stages))
+    return configs
 
 
 def sent(planned: KVCacheConfig) -> list[KVGroup]:

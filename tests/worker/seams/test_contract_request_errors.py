@@ -33,14 +33,14 @@ def test_the_method_that_is_replaced_is_there_and_takes_the_same(replaced: Any) 
 
 def test_a_failed_request_may_be_sent_again(replaced: Any) -> None:
     with pytest.raises(RetryableRequestError, match="again") as error:
-        GenerateBaseServing._raise_if_error(SimpleNamespace(), "error", "r")  # type: ignore[arg-type]
+        GenerateBaseServing._raise_if_error(SimpleNamespace(), "error", "r")
     assert str(error.value) == MESSAGE
     assert error.value.status_code == HTTPStatus.SERVICE_UNAVAILABLE
 
 
 @pytest.mark.parametrize("reason", [None, "stop", "length", "abort"])
 def test_any_other_end_is_no_error(replaced: Any, reason: str | None) -> None:
-    GenerateBaseServing._raise_if_error(SimpleNamespace(), reason, "r")  # type: ignore[arg-type]
+    GenerateBaseServing._raise_if_error(SimpleNamespace(), reason, "r")
 
 
 @pytest.mark.parametrize("path", ["completion", "chat_completion"])

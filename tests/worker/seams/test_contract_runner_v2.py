@@ -117,7 +117,7 @@ class TestOffers:
     """Tokens of decoding requests, for stages that did not sample them."""
 
     def handler(self, ours: type, is_last: bool = False) -> Any:
-        handler = ours.__new__(ours)
+        handler: Any = object.__new__(ours)
         handler.is_last_rank, handler.device, handler._offered = is_last, torch.device("cpu"), None
         return handler
 

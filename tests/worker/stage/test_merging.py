@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from resilientllm_worker.protocol.messages import NewRequest, Stamp, StepFailed, StepResult
@@ -49,7 +50,7 @@ def while_the_runner_is_busy(stage: Stage, home: Engine, guest: Engine) -> Itera
     stage.model.go.set()
 
 
-def fresh(**lengths: int) -> dict[str, object]:
+def fresh(**lengths: int) -> dict[str, Any]:
     """The parts of a step of new requests with so many tokens each; a block for each, from 1."""
     return {
         "new": [

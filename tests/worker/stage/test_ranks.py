@@ -70,7 +70,7 @@ def python(program: str) -> list[str]:
 def exits(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[int]:
     """The exit codes that this process would have ended with."""
     codes: queue.SimpleQueue[int] = queue.SimpleQueue()
-    monkeypatch.setattr(ranks.os, "_exit", codes.put)
+    monkeypatch.setattr(os, "_exit", codes.put)
     return codes
 
 

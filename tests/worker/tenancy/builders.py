@@ -26,7 +26,7 @@ def new(request: str, *groups: list[int], computed: int = 0) -> NewRequest:
 def running(**blocks: list[int] | None) -> CachedRequests:
     """Cached requests by name, with the blocks that each gets in this step."""
     count = len(blocks)
-    groups = [None if ids is None else (ids,) for ids in blocks.values()]
+    groups: list[tuple[list[int], ...] | None] = [None if ids is None else (ids,) for ids in blocks.values()]
     return CachedRequests(list(blocks), [[1]] * count, groups, [5] * count, [1] * count)
 
 

@@ -3,12 +3,15 @@
 import socket
 import time
 import tracemalloc
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from resilientllm_worker.protocol.messages import Activation, Failed, LinkHello, Stamp, Step, TensorHeader
+from resilientllm_worker.protocol.messages import Activation, Failed, LinkHello, Message, Stamp, Step, TensorHeader
 from resilientllm_worker.transport.connection import (
+    Connection,
     ConnectionClosed,
     ConnectionFailed,
     Limits,
@@ -32,6 +35,11 @@ from tests.worker.transport.builders import (
 )
 
 
+def send_all(connection: Connection, messages: Sequence[Message]) -> None:
+    for message in messages:
+        connection.send(message)
+
+
 class TestCommands:
     def test_arrive_in_order(self) -> None:
         with connected() as (near, far):
@@ -43,7 +51,7 @@ class TestCommands:
     def test_larger_than_every_buffer_arrive_whole_and_leave_the_next_one_alone(self) -> None:
         large, small = Failed(1, "x" * (5 << 20)), Failed(2, "")
         with connected() as (near, far):
-            sending = InThread(lambda: [near.send(message) for message in (large, small, large)])
+            sending = InThread(lambda: send_all(near, [large, small, large]))
             assert [received(far) for _ in range(3)] == [large, small, large]
             sending.result()
 
@@ -52,7 +60,7 @@ class TestCommands:
     def test_of_any_size_keep_their_borders(self, sizes: list[int]) -> None:
         sent = [Failed(place, "x" * size) for place, size in enumerate(sizes)]
         with connected() as (near, far):
-            sending = InThread(lambda: [near.send(message) for message in sent])
+            sending = InThread(lambda: send_all(near, sent))
             assert [received(far) for _ in sent] == sent
             sending.result()
 
@@ -68,12 +76,12 @@ class TestCommands:
     def test_of_many_threads_do_not_mix(self) -> None:
         with connected() as (near, far):
             writers = [
-                InThread(lambda w=writer: [near.send(Failed(w, "x" * (n * 997))) for n in range(50)])
+                InThread(partial(send_all, near, [Failed(writer, "x" * (n * 997)) for n in range(50)]))
                 for writer in range(8)
             ]
             found = [received(far) for _ in range(8 * 50)]
-            for writer in writers:
-                writer.result()
+            for sending in writers:
+                sending.result()
         for writer in range(8):
             mine = [m.reason for m in found if isinstance(m, Failed) and m.call == writer]
             assert mine == ["x" * (n * 997) for n in range(50)]
@@ -106,8 +114,12 @@ class TestActivations:
             landed.append(allocate(activation))
             return landed[-1]
 
+        def send(connection: Connection) -> None:
+            for header, body in zip(headers, bodies, strict=True):
+                connection.send(header, body)
+
         with connected() as (near, far):
-            sending = InThread(lambda: [near.send(h, b) for h, b in zip(headers, bodies, strict=True)])
+            sending = InThread(lambda: send(near))
             for header in headers:
                 assert InThread(lambda: far.receive_into(give)).result() == header
             sending.result()
@@ -120,8 +132,8 @@ class TestActivations:
         landed = np.zeros((3, 4), dtype=np.float32)
         header = Activation(STAMP, 1, [TensorHeader("h", "float32", (3, 4), tensor.nbytes)])
         with connected() as (near, far):
-            near.send(header, [tensor])
-            InThread(lambda: far.receive_into(lambda _: [memoryview(landed)])).result()
+            near.send(header, [tensor.data])
+            InThread(lambda: far.receive_into(lambda _: [landed.data])).result()
         assert (landed == tensor).all()
 
     def test_may_be_of_more_tensors_than_one_system_call_takes(self) -> None:
@@ -355,7 +367,7 @@ class TestDialling:
 
 
 def test_every_message_survives_the_wire() -> None:
-    sent = [LinkHello(1, 2, 3, Stamp(4, 5), 6), a_step()]
+    sent: list[Message] = [LinkHello(1, 2, 3, Stamp(4, 5), 6), a_step()]
     with connected() as (near, far):
         for message in sent:
             near.send(message)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from resilientllm_worker.protocol.messages import Activation, LinkHello
-from resilientllm_worker.transport.connection import ProtocolError
+from resilientllm_worker.transport.connection import Connection, ProtocolError
 from resilientllm_worker.transport.link import LinkClosed, LinkSender
 
 from tests.worker.transport.builders import (
@@ -37,6 +37,9 @@ class Losses:
 
     def __call__(self, detail: str) -> None:
         self.details.append(detail)
+
+    def once(self) -> bool:
+        return len(self.details) == 1
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ class TestAPeerThatDoesNotRead:
             posted = link.post(an_activation(LARGE), [BODY])
             with pytest.raises(LinkClosed):
                 InThread(posted.wait).result(within_seconds=30)
-            assert eventually(lambda: len(losses.details) == 1)
+            assert eventually(losses.once)
             link.close()
 
 
@@ -128,7 +131,7 @@ class TestALinkThatBreaks:
         with half_connected() as (near, peer):
             link = LinkSender(near, losses)
             peer.close()
-            assert eventually(lambda: len(losses.details) == 1)
+            assert eventually(losses.once)
             assert losses.details == ["far: the peer closed the connection"]
             for step in range(3):
                 with pytest.raises(LinkClosed):
@@ -146,7 +149,7 @@ class TestALinkThatBreaks:
                 with pytest.raises(LinkClosed):
                     InThread(posted.wait).result()
                 link.post(an_activation(1), [b"x"])
-                assert eventually(lambda told=losses: len(told.details) == 1)
+                assert eventually(losses.once)
                 link.close()
             assert len(losses.details) == 1
 
@@ -154,7 +157,7 @@ class TestALinkThatBreaks:
         with connected() as (near, far):
             link = LinkSender(near, losses)
             far.send(a_step())
-            assert eventually(lambda: len(losses.details) == 1)
+            assert eventually(losses.once)
             assert "one direction" in losses.details[0]
             link.close()
 
@@ -225,12 +228,16 @@ def test_closing_while_posting_and_waiting_never_hangs() -> None:
     for delay in range(20):
         with connected() as (near, far):
             link = LinkSender(near)
-            reading = InThread(lambda end=far: [end.receive_into(allocate) for _ in range(1000)])
+
+            def read(end: Connection = far) -> None:
+                for _ in range(1000):
+                    end.receive_into(allocate)
 
             def stream(link: LinkSender = link) -> None:
                 for step in range(1000):
                     link.post(an_activation(1 << 20, step=step), [BODY[: 1 << 20]]).wait()
 
+            reading = InThread(read)
             streaming = InThread(stream)
             time.sleep(delay / 500)
             link.close()

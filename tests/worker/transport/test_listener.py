@@ -14,7 +14,16 @@ from resilientllm_worker.transport.connection import Connection, ConnectionClose
 from resilientllm_worker.transport.frame import HEADER
 from resilientllm_worker.transport.listener import Listener
 
-from tests.worker.transport.builders import PATIENCE_SECONDS, TOKEN, InThread, a_step, eventually, listening, received
+from tests.worker.transport.builders import (
+    PATIENCE_SECONDS,
+    TOKEN,
+    InThread,
+    a_step,
+    echo,
+    eventually,
+    listening,
+    received,
+)
 
 
 def knock(listener: Listener) -> socket.socket:
@@ -136,7 +145,7 @@ def test_connections_can_have_limits_of_their_own() -> None:
 
 class TestClosing:
     def test_ends_all_connections_and_threads(self) -> None:
-        listener = Listener("127.0.0.1", 0, TOKEN, lambda connection: connection.receive())
+        listener = Listener("127.0.0.1", 0, TOKEN, echo)
         authenticated, stranger = dial(listener.address, TOKEN, 5), knock(listener)
         assert eventually(lambda: sum(t.name.startswith("connection") for t in threading.enumerate()) == 2)
         started = time.monotonic()
@@ -151,7 +160,7 @@ class TestClosing:
         listener.close()
 
     def test_frees_the_port_for_a_successor(self) -> None:
-        first = Listener("127.0.0.1", 0, TOKEN, lambda connection: connection.receive())
+        first = Listener("127.0.0.1", 0, TOKEN, echo)
         dial(first.address, TOKEN, 5)
         first.close()
         host, port = parse_address(first.address)
