@@ -26,7 +26,8 @@ import numpy as np
 from resilientllm_cli.bench import machine
 from resilientllm_cli.comparison import percentile
 from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
-from resilientllm_worker.engine.pipeline import Boundary, Holding
+from resilientllm_worker.engine.pipeline import Boundary
+from resilientllm_worker.engine.stitching import Holding
 from resilientllm_worker.protocol.messages import Stamp
 
 from tests.worker.engine.scheduling import Rig

@@ -11,7 +11,8 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary, Holding
+from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary
+from resilientllm_worker.engine.stitching import Holding
 from resilientllm_worker.protocol.blocks import unpack_blocks, unpack_numbers
 from resilientllm_worker.protocol.messages import CachedRequests, Seal, Stamp, Step
 from resilientllm_worker.tenancy.home import HomeBlocks

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from resilientllm_worker.engine import meeting_point
-from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary, Holding
+from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary
+from resilientllm_worker.engine.stitching import Holding
 from resilientllm_worker.protocol.blocks import unpack_blocks, unpack_numbers
 from resilientllm_worker.protocol.messages import Seal, Stamp
 

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from resilientllm_api.plan import Plan, ReplicationMode, StageId, StageRef
 from resilientllm_worker.engine.bars import Bars
 from resilientllm_worker.engine.channel import (
     CallFailed,
-    CannotLink,
     Channel,
     Connected,
     Event,
@@ -37,8 +36,9 @@ from resilientllm_worker.engine.channel import (
 from resilientllm_worker.engine.move import Move, Phase, advance
 from resilientllm_worker.engine.recoveries import Recoveries
 from resilientllm_worker.engine.report import View, engine_state
+from resilientllm_worker.engine.stitching import LINK_GRACE_SECONDS, Holding, Incarnations, stitch_all
 from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, keepers
-from resilientllm_worker.protocol.blocks import pack_blocks, unpack_blocks, unpack_numbers
+from resilientllm_worker.protocol.blocks import pack_blocks
 from resilientllm_worker.protocol.messages import (
     AllocateKV,
     DescribeKV,
@@ -56,8 +56,6 @@ from resilientllm_worker.protocol.messages import (
     Stamp,
     Step,
     StepResult,
-    Stitch,
-    Stitched,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +65,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
-STITCH_SECONDS = 3.0
 ALLOCATE_SECONDS = 600.0
 CAUGHT_UP_SECONDS = 0.25
 """A returning stage has caught up when no sealed block has been waiting for longer, and few are waiting at all."""
@@ -76,8 +73,6 @@ CATCH_UP_SECONDS = 60.0
 """After so long it takes its place as it is: a donor that serves two tenants is the worse evil."""
 MOVE_SECONDS = 8.0
 """A stage that is about to end is left so long before, whoever has caught up."""
-LINK_GRACE_SECONDS = 0.02
-"""A dead stage resets its links and its command channel; wait so long for the second before blaming the link."""
 
 
 class AttachFailed(Exception):
@@ -93,18 +88,6 @@ class LostStep:
 
 
 LOST_STEP = LostStep()
-
-
-@dataclass(frozen=True, eq=False)
-class Holding:
-    """What a stage that came into the pipeline has of this instance's sealed blocks."""
-
-    place: int
-    stamp: Stamp
-    """Of the stitch that it came in with."""
-    blocks: NDArray[np.int32]
-    numbers: NDArray[np.int64]
-    """Of the seals that their content was stored under."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +137,7 @@ class Pipeline:
         self._load = (0, 0)
         # The conductor's own.
         self._assignment: Assignment = ()
-        self._incarnations: tuple[tuple[StageId, str], ...] = ()
+        self._incarnations: Incarnations = ()
         """Of the stages that were last stitched, in pipeline order: another incarnation has lost all KV."""
         self._keepers: dict[Channel, StageRef | None] = {}
         """Where each serving stage was last told to replicate to, on the connection at hand."""
@@ -726,9 +709,11 @@ class Pipeline:
             channel.send(Fence(stamp))
         fenced = time.monotonic()
         self._asked.update(channels)
-        if (refused := self._call_stitch(stamp, channels)) is not None:
-            self._bars.add(refused, time.monotonic())
+        answer = stitch_all(stamp, channels, self._incarnations)
+        if isinstance(answer, StageId):
+            self._bars.add(answer, time.monotonic())
             return False
+        self._incarnations = answer.incarnations
         self._release(stamp, self._asked.difference(channels))
         stitched = time.monotonic()
         with self._changed:
@@ -736,6 +721,8 @@ class Pipeline:
             self._assignment = wanted
             self._serving = channels
             self._stitched = True
+            self._capacity = answer.capacity_blocks
+            self._newcomers += answer.newcomers
             self._incomplete_since = 0.0
             self._recoveries.stitched(tuple(channel.id for channel in channels), at, fenced, stitched, waited)
             if self._load == (0, 0):
@@ -750,41 +737,6 @@ class Pipeline:
             channel.send(Release(stamp))
         self._asked -= channels
 
-    def _call_stitch(self, stamp: Stamp, channels: tuple[Channel, ...]) -> StageId | None:
-        """Stitch all stages at once. Returns the stage that could not, or None."""
-        futures: dict[StageId, Future[Stitched]] = {}
-        incarnations = tuple((channel.id, channel.welcome.boot if channel.welcome else "") for channel in channels)
-        fresh = [len(self._incarnations) > 0 and each not in self._incarnations for each in incarnations]
-        for place, channel in enumerate(channels):
-            following = channels[place + 1].ref.address if place + 1 < len(channels) else None
-            futures[channel.id] = channel.call(
-                lambda call, following=following, new=fresh[place]: Stitch(call, stamp, following, new)  # type: ignore[misc]
-            )
-        wait(futures.values(), STITCH_SECONDS, return_when=FIRST_EXCEPTION)
-        if any(isinstance(_error(future), CannotLink) for future in futures.values()):
-            # Of a stage that has just died, its neighbour may know before we do.
-            wait(futures.values(), LINK_GRACE_SECONDS)
-        errors = {stage: error for stage, future in futures.items() if (error := _error(future)) is not None}
-        for stage, error in sorted(errors.items(), key=lambda item: _blame(item[1])):
-            logger.error("stitch: %s", error)
-            return channels[error.place].id if isinstance(error, CannotLink) else stage
-        # Who waits in vain for its successor is not to blame, so look from the end.
-        for stage, future in reversed(futures.items()):
-            if not future.done():
-                logger.error("stage %s did not answer to a stitch in %.0f s", stage, STITCH_SECONDS)
-                return stage
-        answers = [future.result() for future in futures.values()]
-        newcomers = [
-            Holding(place, stamp, unpack_blocks(answer.held_blocks), unpack_numbers(answer.held_numbers))
-            for place, answer in enumerate(answers)
-            if fresh[place]
-        ]
-        with self._changed:
-            self._capacity = min(answer.capacity_blocks for answer in answers)
-            self._newcomers += tuple(newcomers)
-        self._incarnations = incarnations
-        return None
-
 
 def _copies_keep_up(server: Channel, keeper: Channel) -> bool:
     """Whether the keeper has what the stage at work has sealed, but for the last moment's, as of its last heartbeat."""
@@ -796,13 +748,3 @@ def _copies_keep_up(server: Channel, keeper: Channel) -> bool:
         and report.lag_seconds < CAUGHT_UP_SECONDS
         and report.lag_blocks <= max(FEW_BLOCKS, report.sealed_blocks // 16)
     )
-
-
-def _error(future: Future[Stitched]) -> BaseException | None:
-    """Why a call failed; None if it did not, or is not done."""
-    return future.exception() if future.done() else None
-
-
-def _blame(error: BaseException) -> int:
-    """Whom to believe first: a stage that has gone is a fact, a link that cannot be made may be its consequence."""
-    return 0 if isinstance(error, StageGone) else 2 if isinstance(error, CannotLink) else 1
