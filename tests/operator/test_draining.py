@@ -204,9 +204,15 @@ class TestOneAtATime:
         assert deleted(world, OVERDUE) == set()
 
     def test_who_needs_another_gives_way_first(self) -> None:
-        drain = status_of(with_engine(settled(changed()), 1, borrowed(1, 0, donor=0))).drain
+        world = settled(with_engine(settled(changed()), 1, borrowed(1, 0, donor=0)))
+        drain = status_of(world).drain
         assert drain is not None
         assert (drain.instance, drain.since) == (1, NOW)
+
+    def test_no_instance_gives_way_before_it_is_written_down_that_another_serves_again(self) -> None:
+        world = with_engine(settled(changed()), 1, borrowed(1, 0, donor=0))
+        assert status_of(world).drain is None
+        assert endpoints(world) == {"10.0.0.10": (True, True, False), "10.0.0.20": (True, True, False)}
 
     def test_what_was_told_to_go_goes_whatever_happens_then(self) -> None:
         world = silent(settled(settled(changed()), LATER), 1)
@@ -217,7 +223,7 @@ class TestOneAtATime:
         assert not deleted(with_engine(world, 0, borrowed(0, 1, donor=1))) & pods_of(1)
         assert not deleted(silent(world, 0)) & pods_of(1)
         assert status_of(silent(world, 0)).drain is not None
-        following = status_of(with_engine(world, 0, engine_state(0))).drain
+        following = status_of(settled(with_engine(world, 0, engine_state(0)))).drain
         assert following is not None
         assert (following.instance, following.deleted_at) == (1, None)
 

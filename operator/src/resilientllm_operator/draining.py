@@ -114,10 +114,15 @@ def _drained_pods(world: World, drain: DrainStatus) -> list[PodView]:
 
 
 def obstacles(world: World, instances: Sequence[InstanceStatus], instance: int) -> list[str]:
-    """Why an instance may not give way now, in words that go on from "until"."""
+    """Why an instance may not give way now, in words that go on from "until".
+
+    That another one serves must have been written down: with the same write it would get its requests and this one lose
+    them, and an operator that ends then begins with a status by which it is the other way round.
+    """
     wanted = world.object.spec.instances
+    recorded = {each.instance for each in world.object.status.instances if each.serving}
     others = [each for each in instances if each.instance != instance and each.instance < wanted]
-    missing = [each.instance for each in others if not each.serving]
+    missing = [each.instance for each in others if not (each.serving and each.instance in recorded)]
     if len(others) - len(missing) < wanted - 1:
         return [f"instance {each} serves" for each in missing]
     return [f"instance {user} is served by its own stages" for user in _users(instances, instance)]
