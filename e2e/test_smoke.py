@@ -181,6 +181,8 @@ class TestReadyObject:
             "Degraded": ("False", "AsSpecified"),
             "Progressing": ("False", "AsSpecified"),
             "ReplicationHealthy": ("True", "Replicating"),
+            "Recovering": ("False", "AsSpecified"),
+            "Stalled": ("False", "AsSpecified"),
         }
 
     def test_names_instances_that_serve_on_their_own_stages(self, ready: Observation) -> None:

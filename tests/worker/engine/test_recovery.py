@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
-from resilientllm_worker.engine.channel import Channel, Event
+from resilientllm_worker.engine.channel import Channel, Event, Lost
 from resilientllm_worker.engine.pipeline import LOST_STEP
 from resilientllm_worker.protocol.messages import (
     AllocateKV,
@@ -121,6 +121,27 @@ class TestAStageThatDies:
         assert (recovery.requests, recovery.tokens_recomputed) == (1, 40)
         assert set(recovery.phases_ms) == {"fence", "stitch", "rollBack", "resume", "total"}
         assert recovery.resumed_at is not None and recovery.resumed_at >= recovery.detected_at
+
+    def test_has_its_reason_though_the_conductor_looks_before_it_is_told(
+        self, place: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with World(stages=3) as world:
+            world.attach()
+            tell = world.pipeline._events.put
+
+            def late(event: Event) -> None:
+                if isinstance(event, Lost):
+                    tell(lambda: None)
+                    world.wait_serving(*self.serving(place))
+                tell(event)
+
+            for channel in world.pipeline._channels.values():
+                monkeypatch.setattr(channel, "_on_event", late)
+            world[f"0.{place}"].die()
+            (recovery,) = world.wait(lambda state: state.recoveries_total == 1).recoveries
+            world.pipeline._events.put(lambda: None)
+            assert world.state.recoveries_total == 1
+        assert (recovery.kind, recovery.reason) == (RecoveryKind.BORROW, LossReason.RESET)
 
 
 def test_the_stages_that_are_left_are_fenced_before_they_are_stitched() -> None:

@@ -134,6 +134,8 @@ class Channel:
         """How its copying goes, as of its last heartbeat."""
         self.ends_at: float | None = None
         """Monotonic seconds: it has said that it is about to end, then at the latest."""
+        self.loss: Lost | None = None
+        """How the last connection ended, until there is another. Whoever sees that this is not connected finds it."""
         self._instance = instance
         self._digest = digest
         self._token = token
@@ -150,7 +152,7 @@ class Channel:
         self._closed = threading.Event()
         self._heard = 0.0
         self._has_kv = False
-        self._loss = (LossReason.RESET, "")
+        self._reason = (LossReason.RESET, "")
         self._thread = threading.Thread(target=self._live, name=f"stage-{ref.id}", daemon=True)
 
     @property
@@ -214,7 +216,7 @@ class Channel:
 
     def drop(self, reason: LossReason, detail: str) -> None:
         """Give up the connection of a stage that is declared lost; it is dialled anew."""
-        self._loss = (reason, detail)
+        self._reason = (reason, detail)
         if (connection := self._connection) is not None:
             connection.close()
 
@@ -241,7 +243,11 @@ class Channel:
                 detail = str(error)
             at = time.monotonic()
             connection.close()
-            was_connected, self._connection = self._connection is not None, None
+            if was_connected := self._connection is not None:
+                reason, why = self._reason
+                self._reason = (LossReason.RESET, "")
+                self.loss = Lost(self, reason, why or detail, at)
+            self._connection = None
             self.has_kv = False
             self.replication = None
             self.ends_at = None
@@ -249,10 +255,8 @@ class Channel:
                 calls = list(self._calls)
             for number in calls:
                 self._settle(number, StageGone(f"stage {self.id} went away: {detail}"))
-            if was_connected and not self._closed.is_set():
-                reason, why = self._loss
-                self._loss = (LossReason.RESET, "")
-                self._on_event(Lost(self, reason, why or detail, at))
+            if was_connected and self.loss is not None and not self._closed.is_set():
+                self._on_event(self.loss)
             self._closed.wait(pause)
 
     def _attend(self, connection: Connection) -> str:
@@ -270,6 +274,7 @@ class Channel:
         self._heard = time.monotonic()
         self.welcome = welcome
         self.has_kv = welcome.home_blocks > 0
+        self.loss = None
         self._connection = connection
         self._on_event(Connected(self, welcome))
         while True:
@@ -300,7 +305,7 @@ class Channel:
                     self.ends_at = self._heard + message.seconds
                     self._on_event(Leaving(self, message.seconds))
                 case StageFailing():
-                    self._loss = (LossReason.SELF, message.reason)
+                    self._reason = (LossReason.SELF, message.reason)
                     return message.reason
                 case _:
                     raise ProtocolError(f"a stage cannot send {type(message).__name__}")

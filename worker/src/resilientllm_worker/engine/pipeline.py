@@ -510,6 +510,8 @@ class Pipeline:
         """Bring the pipeline to what `assign` wants; again if a stage fails meanwhile."""
         if cause not in self._assignment:
             reason = None  # whatever else is to be done is not because of it
+        if reason is None and (loss := self._loss_ahead()) is not None:
+            cause, reason, at = loss.channel.id, loss.reason, loss.at
         while self._opened and self._plan is not None:
             now = time.monotonic()
             seen = self._seen()
@@ -530,6 +532,10 @@ class Pipeline:
                 break
             reason = reason or LossReason.SELF
         self._direct_replication()
+
+    def _loss_ahead(self) -> Lost | None:
+        """Of a serving stage, that shows already, and is not the next event."""
+        return next((each.loss for each in self._serving if each.loss is not None and not each.connected), None)
 
     # --- planned moves -----------------------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ class Recoveries:
             return
         phases = dict(going.record.phases_ms)
         start = going.marked
+        phases.pop("wait", None)  # of an attempt before, which is now part of the time until the fence
         if waited:
             phases["wait"] = _ms(began - start)
             start = began
