@@ -14,6 +14,7 @@ from resilientllm_operator.actions import Announce, ApplyEndpoints, CreatePod, C
 from resilientllm_operator.breaker import AT_ONCE, QUIET
 from resilientllm_operator.failures import KEPT, ONE_INCIDENT
 from resilientllm_operator.node_affinity import nodes_kept_off
+from resilientllm_operator.signals import NOT_READY_PATIENCE
 from resilientllm_operator.world import Ailment, Exit, World
 
 from tests.operator.builders import (
@@ -77,6 +78,13 @@ def failure(minutes_ago: float = 0, node: str = "node-1", place: str = "0.1", **
             **changes,
         },
     )
+
+
+def without_api_server(world: World) -> World:
+    """As it is found when the API server is back: no node could say that it is well."""
+    for node in ("node-0", "node-1", "node-2"):
+        world = with_condition(with_node(world, node), node, "Ready", "Unknown", since=NOW)
+    return world
 
 
 class TestTheRecord:
@@ -271,6 +279,18 @@ class TestTheBreaker:
         for node in ("node-0", "node-1", "node-2"):
             world = with_node(world, node, unschedulable=True)
         assert status_of(world).breaker is None
+
+    def test_does_not_trip_for_nodes_that_are_not_ready_while_their_stages_are_heard(self) -> None:
+        """After a while without an API server Kubernetes takes all nodes for lost, and one of them may be."""
+        world = settled(without_api_server(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1))))
+        assert [each.node for each in failures(world)] == ["node-1"]
+        assert status_of(world).breaker is None
+        assert [each.name.rsplit("-", 1)[0] for each in of_type(decided(world), CreatePod)] == ["tiny-0-s1"]
+
+    def test_trips_for_nodes_that_stay_so(self) -> None:
+        world = settled(without_api_server(healthy_world()))
+        assert failures(world) == () and status_of(world, NOW + NOT_READY_PATIENCE).breaker is not None
+        assert of_type(decided(world, NOW + NOT_READY_PATIENCE), CreatePod) == []
 
     def test_does_not_trip_for_what_never_served(self) -> None:
         world = with_nodes(with_pods(new_world()))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pytest
 from resilientllm_api.crd import NodeAction
-from resilientllm_operator.signals import Signal, condition_rules, signals_of, unfit_nodes
+from resilientllm_operator.signals import NOT_READY_PATIENCE, Signal, condition_rules, signals_of, unfit_nodes
 from resilientllm_operator.world import Ailment, NodeCondition, Taint, Toleration, World
 
 from tests.operator.builders import (
+    NOW,
     borrowed,
     engine,
     engine_state,
@@ -30,9 +33,13 @@ MOVE, BORROW, WARN = NodeAction.MOVE, NodeAction.BORROW, NodeAction.WARN
 NOT_READY = {"conditions": {"Ready": NodeCondition("Unknown", reason="NodeStatusUnknown")}}
 
 
+def not_ready(since: datetime) -> dict[str, Any]:
+    return {"conditions": {"Ready": NodeCondition("Unknown", since=since)}}
+
+
 def said(world: World, instance: int = 0, number: int = 1) -> Signal | None:
     """Of the stage's pod; by default that of 0.1, which is on node-1."""
-    return signals_of(world, {}).get(pod(world.object, stage(instance, number)).uid)
+    return signals_of(world, {}, NOW).get(pod(world.object, stage(instance, number)).uid)
 
 
 def of_node(**changes: Any) -> Signal | None:
@@ -40,11 +47,11 @@ def of_node(**changes: Any) -> Signal | None:
 
 
 def test_nothing_is_said_of_what_is_well() -> None:
-    assert signals_of(with_nodes(healthy_world()), {}) == {}
+    assert signals_of(with_nodes(healthy_world()), {}, NOW) == {}
 
 
 def test_nothing_follows_where_nodes_cannot_be_seen() -> None:
-    assert signals_of(healthy_world(), {}) == {}
+    assert signals_of(healthy_world(), {}, NOW) == {}
 
 
 @pytest.mark.parametrize(
@@ -98,8 +105,20 @@ def test_a_taint_that_the_pod_tolerates_says_nothing(toleration: Toleration, tol
 
 class TestANodeThatIsNotReady:
     def test_may_hold_a_stage_that_works(self) -> None:
-        signal = of_node(**NOT_READY)
+        signal = of_node(**not_ready(NOW - NOT_READY_PATIENCE))
         assert signal is not None and signal.action is MOVE
+
+    def test_may_be_called_so_by_mistake_as_long_as_its_stage_is_heard(self) -> None:
+        signal = of_node(**not_ready(NOW))
+        assert signal is not None and signal.action is WARN
+        lost = with_node(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1)), "node-1", **not_ready(NOW))
+        signal = said(lost)
+        assert signal is not None and signal.action is BORROW
+
+    def test_is_no_loss_before_the_engine_was_asked(self) -> None:
+        """An operator that has just begun knows of no engine what it says."""
+        signal = said(replace(with_node(healthy_world(), "node-1", **not_ready(NOW)), engines={}))
+        assert signal is not None and signal.action is WARN
 
     def test_holds_none_that_its_engine_does_not_hear(self) -> None:
         lost = with_node(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1)), "node-1", **NOT_READY)
@@ -200,7 +219,7 @@ class TestThePodItself:
 
     def test_on_a_node_that_is_avoided_moves(self) -> None:
         world = with_nodes(healthy_world())
-        assert signals_of(world, {"node-2": "3 failures"}) == {
+        assert signals_of(world, {"node-2": "3 failures"}, NOW) == {
             pod(world.object, stage(1, 1)).uid: Signal(MOVE, "node node-2 is avoided: 3 failures")
         }
 
@@ -215,7 +234,7 @@ class TestThePodItself:
 class TestAnEngine:
     @staticmethod
     def said(world: World) -> Signal | None:
-        return signals_of(world, {}).get(pod(world.object, engine(0)).uid)
+        return signals_of(world, {}, NOW).get(pod(world.object, engine(0)).uid)
 
     def test_does_not_move_and_is_warned_of(self) -> None:
         signal = self.said(with_node(healthy_world(), "node-0", unschedulable=True))

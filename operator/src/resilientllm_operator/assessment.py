@@ -50,7 +50,7 @@ def assess(world: World, now: datetime) -> tuple[Assessment, World]:
     nodes = avoided_nodes(world, failures, now)
     breaker = breaker_of(world, failures, now)
     restraint = restraint_of(world, breaker)
-    signals = signals_of(world, by_node(nodes))
+    signals = signals_of(world, by_node(nodes), now)
     seats = seats_of(world, signals, restraint is not None, now)
     return Assessment(failures, nodes, breaker, restraint, signals), replace(world, seats=seats)
 

@@ -14,7 +14,7 @@ from resilientllm_api.durations import parse_seconds
 from resilientllm_api.engine_state import LossReason, RecoveryKind
 
 from resilientllm_operator.names import Role
-from resilientllm_operator.signals import condition_rules
+from resilientllm_operator.signals import condition_rules, is_given_up, is_heard
 from resilientllm_operator.world import BAD_CONFIGURATION_EXIT_CODE, PodView, World, last_line
 
 KEPT = 32
@@ -104,7 +104,8 @@ def _of_a_node(world: World, name: str, pods: Sequence[PodView], now: datetime) 
         if any(pod.ip is not None for pod in pods):
             yield failure(FailureCause.NODE_LOST, None, "the node does not exist any more")
         return
-    if node.ready is not True and (said := node.conditions.get("Ready")) is not None:
+    heard = all(is_heard(world, pod) for pod in pods)
+    if is_given_up(node, heard, now) and (said := node.conditions.get("Ready")) is not None:
         yield failure(FailureCause.NODE_LOST, said.since, f"not Ready: {said.reason}")
     rules = condition_rules(world)
     for kind, condition in sorted(node.conditions.items()):

@@ -5,18 +5,24 @@ for what is lost or not to be trusted. Engines notice a loss by themselves, and 
 from here is what they cannot know.
 
 A node that is not Ready is no proof that a stage there is lost: its kubelet may be down, or cut off from the API server
-alone. So it is ``Move`` as long as the stage's engine hears from it.
+alone. So it is ``Move`` as long as the stage's engine hears from it, and that not at once: when an API server comes
+back after a while, Kubernetes takes nodes for lost that are well, and does so again and again for a minute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from resilientllm_api.crd import NodeAction, NodeConditionRule
 
 from resilientllm_operator.names import Role
+from resilientllm_operator.pods import NODE_LOSS_TOLERATION_SECONDS
 from resilientllm_operator.world import Contact, NodeView, PodView, Taint, Toleration, World
+
+NOT_READY_PATIENCE = timedelta(seconds=NODE_LOSS_TOLERATION_SECONDS)
+"""So long a stage that is heard stays on a node that is not Ready. Then Kubernetes evicts its pod, too."""
 
 BUILT_IN_CONDITIONS = (
     # NVSentinel sets a condition for a fatal fault only; what is not fatal is an event.
@@ -61,10 +67,27 @@ Signals = Mapping[str, Signal]
 """By the uid of the pod; a pod of which nothing is said is not in it."""
 
 
-def signals_of(world: World, avoided: Mapping[str, str]) -> Signals:
+def signals_of(world: World, avoided: Mapping[str, str], now: datetime) -> Signals:
     """``avoided``: why a node is avoided, by its name."""
-    found = {pod.uid: signal for pod in world.pods if (signal := _strongest(_signals(world, pod, avoided)))}
+    found = {pod.uid: signal for pod in world.pods if (signal := _strongest(_signals(world, pod, avoided, now)))}
     return found
+
+
+def is_heard(world: World, pod: PodView) -> bool:
+    """Whether the stage's own engine is connected to it. As long as that is not known, nothing is lost."""
+    engine = world.engine_pod(pod.slot.instance)
+    view = world.engine(engine)
+    if view.state is None:
+        # An operator that has only just begun knows no engine, and must not give up on all stages for that.
+        return view.contact is Contact.UNKNOWN and engine is not None and engine.ip is not None
+    return any(each.own_connected for each in view.state.stages if each.stage == pod.slot.stage)
+
+
+def is_given_up(node: NodeView, heard: bool, now: datetime) -> bool:
+    """Whether a node has not been Ready for longer than may be a mistake. ``heard``: what is on it works."""
+    said = node.conditions.get("Ready")
+    since = said.since if said is not None else None
+    return node.ready is not True and (not heard or since is None or now - since >= NOT_READY_PATIENCE)
 
 
 def condition_rules(world: World) -> Mapping[tuple[str, str], NodeAction]:
@@ -94,9 +117,9 @@ def _strongest(signals: Iterator[Signal]) -> Signal | None:
     return Signal(action, "; ".join(dict.fromkeys(each.reason for each in found if each.action is action)))
 
 
-def _signals(world: World, pod: PodView, avoided: Mapping[str, str]) -> Iterator[Signal]:
+def _signals(world: World, pod: PodView, avoided: Mapping[str, str], now: datetime) -> Iterator[Signal]:
     if pod.slot.role is Role.ENGINE:
-        yield from _of_an_engine(world, pod)
+        yield from _of_an_engine(world, pod, now)
         return
     if pod.ended:
         yield Signal(NodeAction.BORROW, f"pod {pod.name} has ended")
@@ -111,21 +134,21 @@ def _signals(world: World, pod: PodView, avoided: Mapping[str, str]) -> Iterator
         yield Signal(action, _short(f"device {each.device} ({each.resource}) on node {pod.node} is {health}{words}"))
     if pod.node is not None and pod.node in avoided:
         yield Signal(NodeAction.MOVE, f"node {pod.node} is avoided: {avoided[pod.node]}")
-    yield from _of_the_node(world, pod, _is_heard(world, pod))
+    yield from _of_the_node(world, pod, is_heard(world, pod), now)
     if (node := world.nodes.get(pod.node or "")) is not None:
         yield from _of_conditions(node, condition_rules(world))
     if _says_that_it_ends(world, pod) and not pod.leaving:
         yield Signal(NodeAction.WARN, f"pod {pod.name} says that it was told to end")
 
 
-def _of_an_engine(world: World, pod: PodView) -> Iterator[Signal]:
+def _of_an_engine(world: World, pod: PodView, now: datetime) -> Iterator[Signal]:
     """An engine has no device, and cannot move live: its streams would break off. It ends when its pod is told to."""
     heard = world.engine(pod).contact is not Contact.SILENT
-    for signal in _of_the_node(world, pod, heard):
+    for signal in _of_the_node(world, pod, heard, now):
         yield Signal(NodeAction.WARN, signal.reason) if heard or signal.action is NodeAction.MOVE else signal
 
 
-def _of_the_node(world: World, pod: PodView, heard: bool) -> Iterator[Signal]:
+def _of_the_node(world: World, pod: PodView, heard: bool, now: datetime) -> Iterator[Signal]:
     if pod.node is None or not world.nodes:
         return
     node = world.nodes.get(pod.node)
@@ -139,7 +162,9 @@ def _of_the_node(world: World, pod: PodView, heard: bool) -> Iterator[Signal]:
     if node.ready is not True:
         said = node.conditions.get("Ready")
         words = f" ({said.reason})" if said and said.reason else ""
-        yield Signal(NodeAction.MOVE if heard else NodeAction.BORROW, f"node {node.name} is not Ready{words}")
+        given_up = NodeAction.MOVE if heard else NodeAction.BORROW
+        action = given_up if is_given_up(node, heard, now) else NodeAction.WARN
+        yield Signal(action, f"node {node.name} is not Ready{words}")
     if node.unschedulable:
         yield Signal(NodeAction.MOVE, f"node {node.name} is cordoned")
     for taint in node.taints:
@@ -173,12 +198,6 @@ def _tolerates(toleration: Toleration, taint: Taint) -> bool:
         and toleration.effect in (None, taint.effect)
         and toleration.seconds is None
     )
-
-
-def _is_heard(world: World, pod: PodView) -> bool:
-    """Whether the stage's own engine is connected to it."""
-    state = world.engine(world.engine_pod(pod.slot.instance)).state
-    return state is not None and any(each.own_connected for each in state.stages if each.stage == pod.slot.stage)
 
 
 def _says_that_it_ends(world: World, pod: PodView) -> bool:
