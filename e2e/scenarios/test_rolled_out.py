@@ -1,0 +1,34 @@
+"""A change of the spec is rolled out: one instance at a time, drained first, and no stream of the Service notices."""
+
+from __future__ import annotations
+
+import pytest
+
+from e2e.scenarios import fault
+from e2e.scenarios.scenario import TIMEOUT_SECONDS, Scenario
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(TIMEOUT_SECONDS)]
+
+BOUND_SECONDS = 240.0
+
+
+def test_a_roll_out_replaces_every_pod_and_harms_no_stream(scenario: Scenario) -> None:
+    before = {pod.uid for pod in scenario.before.pods}
+    # Clients of the Service, which follows the engines. Whoever holds on to an engine's own address cannot follow.
+    scenario.start_load(engines=())
+
+    scenario.did(
+        fault.change_spec(
+            scenario.ground,
+            "another environment",
+            lambda spec: spec["env"].append({"name": "ROLLED_OUT", "value": "1"}),
+        )
+    )
+    after = scenario.until_whole(BOUND_SECONDS, moves=False)
+
+    verdict = scenario.judge()
+    assert verdict.met >= 2 and verdict.unharmed, verdict.problems
+    assert not before & {pod.uid for pod in after.pods}
+    assert len(scenario.made_since(scenario.before)) == len(before), "each was replaced once"
+    fewest = min(sum(endpoint.ready for endpoint in look.endpoints.values()) for look in scenario.looks)
+    assert fewest == 1, "one instance at a time: never below capacity less one, and no new one beside the old"
