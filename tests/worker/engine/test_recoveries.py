@@ -5,7 +5,7 @@ from resilientllm_api.engine_state import LossReason, RecoveryKind
 from resilientllm_api.plan import StageId
 from resilientllm_worker.engine.recoveries import Recoveries
 
-SERVED_BY = (StageId(1, 0), StageId(0, 1))
+SERVED_BY = (StageId(instance=1, stage=0), StageId(instance=0, stage=1))
 
 
 def test_the_phases_add_up_also_if_a_second_loss_comes_before_the_first_token() -> None:
