@@ -150,15 +150,23 @@ class TestTheRecord:
         world = with_node(healthy_world(), "node-1", unschedulable=True)
         assert failures(with_condition(world, "node-2", "GpuDcgmConnectivityFailure", since=NOW)) == ()
 
-    @pytest.mark.parametrize(("reason", "number"), [(LossReason.SILENCE, 1), (LossReason.RESET, 0)])
-    def test_has_stages_that_fell_silent(self, reason: LossReason, number: int) -> None:
+    @pytest.mark.parametrize(
+        ("reason", "causes"),
+        [
+            (LossReason.SILENCE, ["Silent"]),
+            (LossReason.UNREACHABLE, ["Silent"]),
+            (LossReason.HANG, ["Hung"]),
+            (LossReason.RESET, []),
+        ],
+    )
+    def test_has_stages_that_fell_silent_or_hung(self, reason: LossReason, causes: list[str]) -> None:
         """A process that ends says so itself; one that hangs does not."""
         told = Recovery(id="r1", kind=RecoveryKind.BORROW, stages=(1,), reason=reason, detected_at=NOW)
         world = with_engine(healthy_world(), 0, borrowed(0, 1, donor=1, recoveries=(told,)))
         assert [(each.cause, each.stage, each.node) for each in failures(world)] == [
-            ("Silent", "0.1", "node-1")
-        ] * number
-        assert len(failures(settled(world), NOW + MINUTE)) == number
+            (cause, "0.1", "node-1") for cause in causes
+        ]
+        assert len(failures(settled(world), NOW + MINUTE)) == len(causes)
 
     def test_is_bounded_and_what_it_forgot_does_not_come_back(self) -> None:
         many = tuple(failure(KEPT - number, place="9.9", message=str(number)) for number in range(KEPT))

@@ -193,8 +193,9 @@ class TestObjects:
         spec = read(cluster, "rllm/tiny")["spec"]
         times = {
             "waitForDonor": "30s",
-            "heartbeatInterval": "250ms",
-            "heartbeatTimeout": "3s",
+            "heartbeatInterval": "100ms",
+            "heartbeatTimeout": "800ms",
+            "stepTimeout": "2s",
             "mode": "Act",
             "weights": "Twin",
             "repeatOffender": {"failures": 3, "window": "1h"},

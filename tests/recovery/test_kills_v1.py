@@ -1,20 +1,23 @@
-"""kill -9 of stages under vLLM's V1 runner: every stream goes on with the tokens of an undisturbed run."""
+"""Stages that die, stop or hang under vLLM's V1 runner: every stream goes on with the tokens of an undisturbed run."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from resilientllm_api.engine_state import EnginePhase, EngineState, LossReason, RecoveryKind
-from resilientllm_api.plan import Limits
+from resilientllm_api.engine_state import EnginePhase, EngineState, LossReason, Recovery, RecoveryKind
+from resilientllm_api.plan import Limits, StageId
 from resilientllm_cli.comparison import Tokens
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
 from resilientllm_cli.streams import Stream
 
 from tests.recovery.load import READY_SECONDS, asks, compared, merged_steps, stream_all, undisturbed, with_kill
+from tests.recovery.stuck_stage import stages_that_can_hang
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -25,10 +28,16 @@ FLAGS = ("--kv-cache-memory-bytes", str(64 * 2**20), "--max-num-batched-tokens",
 
 @pytest.fixture(scope="module")
 def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    limits = Limits(wait_for_donor_seconds=WAIT_FOR_DONOR_SECONDS, heartbeat_timeout_seconds=20.0)
     directory = tmp_path_factory.mktemp("v1")
     with local_cluster(
-        tiny_model, instances=2, stages=STAGES, directory=directory, runner="v1", extra_flags=FLAGS, limits=limits
+        tiny_model,
+        instances=2,
+        stages=STAGES,
+        directory=directory,
+        runner="v1",
+        extra_flags=FLAGS,
+        limits=Limits(wait_for_donor_seconds=WAIT_FOR_DONOR_SECONDS),
+        executables=stages_that_can_hang(directory),
     ) as running:
         running.wait_ready(READY_SECONDS)
         yield running
@@ -102,6 +111,62 @@ def test_an_idle_instance_recovers_before_it_is_asked(whole: LocalCluster) -> No
     assert state.serving
     assert not state.on_own_stages
     assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=2 * 60)
+
+
+def signalled(cluster: LocalCluster, stage: int, number: int) -> int:
+    """Send a signal to a stage of instance 0. Returns its pid."""
+    pid = cluster.stage(0, stage).pid
+    assert pid is not None
+    os.kill(pid, number)
+    return pid
+
+
+def loss_of(cluster: LocalCluster, after: int) -> Recovery:
+    """The first recovery of instance 0 from a loss, after so many of any kind."""
+    state = state_of(cluster, 0)
+    new = state.recoveries[len(state.recoveries) - (state.recoveries_total - after) :]
+    return next(recovery for recovery in new if recovery.reason is not None)
+
+
+def test_a_stopped_stage_is_lost_and_comes_back_into_its_place_when_it_goes_on(whole: LocalCluster) -> None:
+    wanted = asks(6, tokens=250)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+    before = state_of(whole, 0).recoveries_total
+    pid = whole.stage(0, 1).pid
+    try:
+        (streams,) = with_kill(url, wanted, lambda: signalled(whole, 1, signal.SIGSTOP), after_tokens=60)
+        assert compared(expected, streams) == Tokens(delivered=6 * 250)
+        loss = loss_of(whole, before)
+        assert (loss.reason, loss.stages) == (LossReason.SILENCE, (1,))
+    finally:
+        signalled(whole, 1, signal.SIGCONT)
+    whole.wait_ready(READY_SECONDS)
+    assert whole.stage(0, 1).pid == pid
+    assert state_of(whole, 0).recoveries[-1].kind is RecoveryKind.SWAP_BACK
+    assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=6 * 250)
+
+
+@pytest.mark.parametrize("stage", [0, 2], ids=["first", "last"])
+def test_a_stage_that_is_stuck_within_a_step_is_lost_although_it_has_heartbeats(
+    whole: LocalCluster, stage: int
+) -> None:
+    wanted = asks(6, tokens=250)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+    before = state_of(whole, 0).recoveries_total
+    try:
+        (streams,) = with_kill(url, wanted, lambda: signalled(whole, stage, signal.SIGUSR1), after_tokens=60)
+        assert compared(expected, streams) == Tokens(delivered=6 * 250)
+        loss = loss_of(whole, before)
+        assert (loss.reason, loss.stages) == (LossReason.HANG, (stage,))
+        state = state_of(whole, 0)
+        assert state.stages[stage].own_connected
+        assert state.stages[stage].served_by == StageId(instance=1, stage=stage)
+    finally:
+        signalled(whole, stage, signal.SIGUSR2)
+    whole.wait_ready(READY_SECONDS)
+    assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=6 * 250)
 
 
 def test_a_returning_stage_is_swapped_in_while_requests_run(whole: LocalCluster) -> None:

@@ -269,6 +269,10 @@ class RecoveryPolicy(CrdModel):
                 "recovery.heartbeatInterval must be at least 10ms, and no time longer than 24h",
             ),
             rule(
+                "duration(self.stepTimeout) >= duration('100ms') && duration(self.stepTimeout) <= duration('24h')",
+                "recovery.stepTimeout must be from 100ms to 24h",
+            ),
+            rule(
                 "duration(self.drainTimeout) >= duration('1s') && duration(self.drainTimeout) <= duration('1h')",
                 "recovery.drainTimeout must be from 1s to 1h: a node that is drained waits for it",
             ),
@@ -277,10 +281,13 @@ class RecoveryPolicy(CrdModel):
 
     wait_for_donor: Duration = "30s"
     """How long a request waits while no stage can stand in for a lost one; then it fails, and may be sent again."""
-    heartbeat_interval: Duration = "250ms"
+    heartbeat_interval: Duration = "100ms"
     """How often a stage says that it is alive and how far its work has come."""
-    heartbeat_timeout: Duration = "3s"
-    """A stage that was silent for so long is lost."""
+    heartbeat_timeout: Duration = "800ms"
+    """A stage that was silent for so long is lost, and so is one that holds up its pipeline for so long."""
+    step_timeout: Duration = "2s"
+    """No step of a stage counts as stuck before. Each stage learns from its own steps how long one may take: this, or
+    eight times what such steps took, whichever is longer."""
     drain_timeout: Duration = "5m"
     """How long at most requests may run on in an instance that gives way (a roll-out, fewer instances) or an engine pod
     that is told to end (an eviction), which get no new ones. What still runs then is cut off. It is the pods' grace
@@ -516,7 +523,9 @@ class FailureCause(StrEnum):
     ENDED = "Ended"
     """The pod ended: it was evicted, or the node was shut down."""
     SILENT = "Silent"
-    """The process was not heard any more, and did not end."""
+    """The process was not heard any more, or did not hear what it was told, and did not end."""
+    HUNG = "Hung"
+    """The process was in one step for longer than any honest one takes."""
     DEVICE_UNHEALTHY = "DeviceUnhealthy"
     """The kubelet says that a device of the pod is not well."""
     NODE_LOST = "NodeLost"

@@ -40,6 +40,10 @@ class LossReason(StrEnum):
     NEIGHBOUR = "ReportedByNeighbour"
     SELF = "ReportedByItself"
     SILENCE = "HeartbeatMissed"
+    UNREACHABLE = "CommandsLost"
+    """It is heard, and what it is told does not reach it."""
+    HANG = "StepOverdue"
+    """It is in one step for longer than any honest one takes."""
 
 
 class RecoveryKind(StrEnum):

@@ -52,10 +52,12 @@ class StageRef(Frozen):
 class Limits(Frozen):
     """Times after which the engine acts on its own. All in seconds."""
 
-    heartbeat_interval_seconds: Seconds = 0.25
+    heartbeat_interval_seconds: Seconds = 0.1
     """How often a stage says that it is alive and how far its work has come."""
-    heartbeat_timeout_seconds: Seconds = 3.0
-    """A stage that was silent for so long is lost."""
+    heartbeat_timeout_seconds: Seconds = 0.8
+    """A stage that was silent for so long is lost; so is one whose pipeline did not move because of it."""
+    step_floor_seconds: Seconds = 2.0
+    """No step counts as stuck before; how much longer it may take, its stage learns from others."""
     wait_for_donor_seconds: Seconds = 30.0
     """How long a request waits while no stage can stand in; then it fails with an explicit, retryable error."""
     attach_timeout_seconds: Seconds = 600.0

@@ -22,6 +22,12 @@ ONE_INCIDENT = timedelta(seconds=10)
 """What fails on one node within that time failed together, unless it is one process that fails again."""
 _NOT_THE_NODES_FAULT = {0, BAD_CONFIGURATION_EXIT_CODE}
 _MOST_WORDS = 300
+_UNTOLD = {
+    LossReason.SILENCE: (FailureCause.SILENT, "its engine did not hear from it any more"),
+    LossReason.UNREACHABLE: (FailureCause.SILENT, "it did not hear what its engine told it any more"),
+    LossReason.HANG: (FailureCause.HUNG, "it did not come out of a step any more"),
+}
+"""What the pod itself does not tell: no exit does."""
 
 
 def window_of(world: World) -> timedelta:
@@ -114,7 +120,7 @@ def _of_a_node(world: World, name: str, pods: Sequence[PodView], now: datetime) 
 
 
 def _told_by_engines(world: World) -> Iterator[Seen]:
-    """Stages that fell silent: their process hangs, or the network does, and no exit tells of it."""
+    """Stages that fell silent or do not move: their process hangs, or the network does, and no exit tells of it."""
     before = {
         f"{instance.instance}.{stage.stage}": stage
         for instance in world.object.status.instances
@@ -122,18 +128,19 @@ def _told_by_engines(world: World) -> Iterator[Seen]:
     }
     for view in world.engines.values():
         for recovery in view.state.recoveries if view.state is not None else ():
-            if recovery.kind is not RecoveryKind.BORROW or recovery.reason is not LossReason.SILENCE:
+            if recovery.kind is not RecoveryKind.BORROW or recovery.reason not in _UNTOLD:
                 continue
             assert view.state is not None
+            cause, message = _UNTOLD[recovery.reason]
             for place in recovery.stages:
                 lost = before.get(f"{view.state.instance}.{place}")
                 failure = FailureStatus(
                     at=recovery.detected_at,
-                    cause=FailureCause.SILENT,
+                    cause=cause,
                     stage=f"{view.state.instance}.{place}",
                     pod=lost.pod if lost else None,
                     node=lost.node if lost else None,
-                    message="its engine did not hear from it any more",
+                    message=message,
                 )
                 yield failure, True
 
@@ -142,7 +149,7 @@ def _is_same(failure: FailureStatus, known: FailureStatus, since: datetime | Non
     """Whether a failure is in the record already. ``since``: it has no time of its own, any since then is it."""
     if (failure.cause, failure.stage) != (known.cause, known.stage):
         return False
-    if failure.cause is FailureCause.SILENT:
+    if failure.cause in (FailureCause.SILENT, FailureCause.HUNG):
         # The pod that was lost may have been replaced since, and so may what is known of it.
         return _utc(failure.at) == _utc(known.at)
     if (failure.node, failure.pod, failure.message) != (known.node, known.pod, known.message):

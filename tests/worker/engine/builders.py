@@ -33,6 +33,7 @@ from resilientllm_worker.protocol.messages import (
     KVGroup,
     LinkLost,
     Message,
+    Progress,
     Release,
     ReplicationReport,
     StageWelcome,
@@ -81,6 +82,11 @@ class FakeStage:
         """Answers when it is asked to send what it has sealed."""
         self.replication: ReplicationReport | None = None
         """What its heartbeats say of its copying."""
+        self.progress: Progress | None = None
+        """What they say of its steps."""
+        self.overdue = False
+        """They say that a step has been running for too long."""
+        self.beat_count = 0
         self.told: list[Message] = []
         self._engines: dict[int, Connection] = {}
         self._changed = threading.Condition()
@@ -150,7 +156,9 @@ class FakeStage:
         with contextlib.suppress(ConnectionClosed):
             while not gone.wait(BEAT_SECONDS):
                 if self.beats and self.answers:
-                    connection.send(Heartbeat(0, 0.0, self.has_kv, self.replication))
+                    seconds, allowed = (5.0, 2.0) if self.overdue else (0.0, 0.0)
+                    connection.send(Heartbeat(0, seconds, self.has_kv, self.replication, self.progress, allowed))
+                    self.beat_count += 1
 
     def _take(self, connection: Connection, message: Message) -> None:
         with self._changed:

@@ -476,7 +476,7 @@ class TestANewPlan:
             monkeypatch.setattr(
                 world.pipeline,
                 "_make_channel",
-                lambda ref, plan: Channel(ref, 0, DIGEST, TOKEN, 1.0, put_and_tell, world.pipeline._on_result),
+                lambda ref, plan: Channel(ref, 0, DIGEST, TOKEN, world.limits, put_and_tell, world.pipeline._on_result),
             )
             monkeypatch.setattr(Channel, "start", start_and_wait)
             world.pipeline.set_plan(world.plan())

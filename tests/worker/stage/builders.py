@@ -47,6 +47,7 @@ TOKEN = b"a token that all of them know"
 DIGEST = '{"model": "tiny"}'
 PATIENCE_SECONDS = 30.0
 NEVER_SECONDS = 3600.0
+STEP_FLOOR_SECONDS = 5.0
 HOME_BLOCKS, POOL_BLOCKS, BLOCK_SIZE = 16, 8, 4
 GROUPS = [KVGroup(["layer"], b"spec")]
 MALFORMED = b"no sampling parameters"
@@ -230,7 +231,7 @@ class Engine:
         self, address: str, instance: int = HOME, digest: str = DIGEST, heartbeat: float = NEVER_SECONDS
     ) -> None:
         self.connection = dial(address, TOKEN, PATIENCE_SECONDS)
-        self.connection.send(EngineHello(PROTOCOL_VERSION, instance, digest, heartbeat))
+        self.connection.send(EngineHello(PROTOCOL_VERSION, instance, digest, heartbeat, STEP_FLOOR_SECONDS))
         self.ended = threading.Event()
         self.heartbeats: queue.SimpleQueue[Heartbeat] = queue.SimpleQueue()
         self._came: queue.SimpleQueue[Message] = queue.SimpleQueue()

@@ -64,6 +64,21 @@ class TestCommands:
             assert [received(far) for _ in sent] == sent
             sending.result()
 
+    def test_are_counted_by_the_byte_before_they_are_whole(self) -> None:
+        with half_connected() as (connection, peer):
+            frame = b"".join(connection.encode(Failed(1, "x" * 1000)))
+            before = connection.received_bytes
+            peer.sendall(frame[:100])
+            while connection.received_bytes < before + 100:
+                """On its way."""
+            assert connection.received_bytes == before + 100
+            reading = InThread(connection.receive)
+            peer.sendall(frame[100:])
+            reading.result()
+            assert connection.received_bytes == before + len(frame)
+            connection.close()
+            assert connection.received_bytes == 0
+
     def test_may_come_in_single_bytes(self) -> None:
         with half_connected() as (connection, peer):
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

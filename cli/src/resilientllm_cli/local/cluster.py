@@ -342,6 +342,7 @@ def local_cluster(
     replication: ReplicationMode = ReplicationMode.RING,
     weights: WeightsSource = WeightsSource.STORAGE,
     limits: Limits | None = None,
+    executables: Mapping[str, str] | None = None,
 ) -> LocalCluster:
     """``extra_flags`` are vLLM's, for stages and engines; ``port`` 0 chooses free ports."""
     layout = Layout(
@@ -358,4 +359,4 @@ def local_cluster(
         replication=replication,
         weights=weights,
     )
-    return LocalCluster(layout, limits=limits)
+    return LocalCluster(layout, limits=limits, executables=executables)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from resilientllm_api.engine_state import LossReason
-from resilientllm_api.plan import StageId, StageRef
+from resilientllm_api.plan import Limits, StageId, StageRef
 
+from resilientllm_worker.engine.pulse import Pulse, next_pulse
 from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
     EngineHello,
@@ -32,6 +33,8 @@ from resilientllm_worker.protocol.messages import (
     StageFailing,
     StageLeaving,
     StageWelcome,
+    Stamp,
+    Step,
     StepFailed,
     StepResult,
     Stitched,
@@ -120,7 +123,7 @@ class Channel:
         instance: int,
         digest: str,
         token: bytes,
-        heartbeat_interval_seconds: float,
+        limits: Limits,
         on_event: Callable[[Event], None],
         on_result: Callable[[StepResult], None],
     ) -> None:
@@ -139,7 +142,7 @@ class Channel:
         self._instance = instance
         self._digest = digest
         self._token = token
-        self.heartbeat_interval_seconds = heartbeat_interval_seconds
+        self._limits = limits
         self._on_event = on_event
         self._on_result = on_result
         self._connection: Connection | None = None
@@ -150,7 +153,14 @@ class Channel:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._heard = 0.0
+        self.heard = 0.0
+        """Monotonic seconds: when anything came last."""
+        self.pulse: Pulse | None = None
+        """What its heartbeats say, on the connection at hand."""
+        self.sent: tuple[Stamp, int] | None = None
+        """The last step that was handed over."""
+        self.answered: tuple[Stamp, int] | None = None
+        """The last step whose result came."""
         self._has_kv = False
         self._reason = (LossReason.RESET, "")
         self._thread = threading.Thread(target=self._live, name=f"stage-{ref.id}", daemon=True)
@@ -179,6 +189,17 @@ class Channel:
     def connected(self) -> bool:
         return self._connection is not None
 
+    @property
+    def is_stuck(self) -> bool:
+        """It has been in one step for longer than any honest one takes."""
+        pulse = self.pulse
+        return self.connected and pulse is not None and pulse.is_stuck
+
+    @property
+    def heartbeat_interval_seconds(self) -> float:
+        """What it was asked for; a newer plan does not change it."""
+        return self._limits.heartbeat_interval_seconds
+
     def start(self) -> None:
         self._thread.start()
 
@@ -200,6 +221,10 @@ class Channel:
             return False
         return True
 
+    def send_step(self, step: Step) -> None:
+        if self.send(step):
+            self.sent = (step.stamp, step.step)
+
     def call(self, make: Callable[[int], Message]) -> Future[Any]:
         """Send what ``make`` builds around a call number; the future gives the answer or raises `CallFailed`."""
         future: Future[Any] = Future()
@@ -210,14 +235,10 @@ class Channel:
             self._settle(number, StageGone(f"stage {self.id} is not connected"))
         return future
 
-    def silent_seconds(self, now: float) -> float:
-        """Since when nothing was heard from a connected stage; 0 if it is not connected."""
-        return now - self._heard if self._connection is not None else 0.0
-
     def drop(self, reason: LossReason, detail: str) -> None:
         """Give up the connection of a stage that is declared lost; it is dialled anew."""
-        self._reason = (reason, detail)
         if (connection := self._connection) is not None:
+            self._reason = (reason, detail)
             connection.close()
 
     def _live(self) -> None:
@@ -250,6 +271,7 @@ class Channel:
             self._connection = None
             self.has_kv = False
             self.replication = None
+            self.pulse = None
             self.ends_at = None
             with self._lock:
                 calls = list(self._calls)
@@ -261,7 +283,10 @@ class Channel:
 
     def _attend(self, connection: Connection) -> str:
         """Greet the stage and read until it goes. Returns why it went, if it said so."""
-        connection.send(EngineHello(PROTOCOL_VERSION, self._instance, self._digest, self.heartbeat_interval_seconds))
+        interval = self._limits.heartbeat_interval_seconds
+        connection.send(
+            EngineHello(PROTOCOL_VERSION, self._instance, self._digest, interval, self._limits.step_floor_seconds)
+        )
         welcome = connection.receive()
         if not isinstance(welcome, StageWelcome):
             raise ProtocolError(f"expected StageWelcome, got {type(welcome).__name__}")
@@ -271,7 +296,7 @@ class Channel:
                 self._tell_trouble(welcome)
             self._closed.wait(LAST_RETRY_SECONDS)
             return self.trouble
-        self._heard = time.monotonic()
+        self.heard = beaten = time.monotonic()
         self.welcome = welcome
         self.has_kv = welcome.home_blocks > 0
         self.loss = None
@@ -279,11 +304,14 @@ class Channel:
         self._on_event(Connected(self, welcome))
         while True:
             message = connection.receive()
-            self._heard = time.monotonic()
+            self.heard = time.monotonic()
             match message:
                 case StepResult():
+                    self.answered = (message.stamp, message.step)
                     self._on_result(message)
                 case Heartbeat():
+                    self.pulse = next_pulse(self.pulse, message, self.heard - beaten, interval)
+                    beaten = self.heard
                     self.replication = message.replication
                     if message.has_kv and not self.has_kv:
                         self.has_kv = True
@@ -302,7 +330,7 @@ class Channel:
                 case StepFailed():
                     self._on_event(StepRefused(self, message, time.monotonic()))
                 case StageLeaving():
-                    self.ends_at = self._heard + message.seconds
+                    self.ends_at = self.heard + message.seconds
                     self._on_event(Leaving(self, message.seconds))
                 case StageFailing():
                     self._reason = (LossReason.SELF, message.reason)

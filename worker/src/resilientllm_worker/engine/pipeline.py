@@ -33,10 +33,12 @@ from resilientllm_worker.engine.channel import (
     StageGone,
     StepRefused,
 )
+from resilientllm_worker.engine.detection import TICK_SECONDS, Detector
 from resilientllm_worker.engine.move import Move, Phase, advance
 from resilientllm_worker.engine.recoveries import Recoveries
 from resilientllm_worker.engine.report import View, engine_state
 from resilientllm_worker.engine.stitching import LINK_GRACE_SECONDS, Holding, Incarnations, stitch_all
+from resilientllm_worker.engine.suspicion import Suspicion
 from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, keepers
 from resilientllm_worker.protocol.blocks import pack_blocks
 from resilientllm_worker.protocol.messages import (
@@ -64,7 +66,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS = 0.1
 ALLOCATE_SECONDS = 600.0
 CAUGHT_UP_SECONDS = 0.25
 """A returning stage has caught up when no sealed block has been waiting for longer, and few are waiting at all."""
@@ -143,6 +144,7 @@ class Pipeline:
         """Where each serving stage was last told to replicate to, on the connection at hand."""
         self._next_tick = time.monotonic()
         self._bars = Bars()
+        self._detector = Detector(time.monotonic())
         self._asked: set[Channel] = set()
         """Stages that may keep a place for us: they were asked to stitch, and not released since."""
         self._allocation: tuple[str, int, dict[int, list[KVGroup]]] | None = None
@@ -278,8 +280,8 @@ class Pipeline:
             serving, stamp = self._serving, self._stamp
         last, others = make(stamp, number)
         for channel in serving[:-1]:
-            channel.send(others)
-        serving[-1].send(last)
+            channel.send_step(others)
+        serving[-1].send_step(last)
         return future
 
     def held(self, stamp: Stamp) -> None:
@@ -417,12 +419,25 @@ class Pipeline:
     def _tick(self) -> None:
         if self._plan is None:
             return
-        now = time.monotonic()
-        for channel in self._channels.values():
-            # A stage keeps the interval that it was greeted with, whatever a newer plan says.
-            limit = max(self._plan.limits.heartbeat_timeout_seconds, 2 * channel.heartbeat_interval_seconds)
-            if (silent := channel.silent_seconds(now)) > limit:
-                channel.drop(LossReason.SILENCE, f"nothing heard for {silent:.1f} s")
+        now, limits, channels = time.monotonic(), self._plan.limits, list(self._channels.values())
+        for channel, seconds in self._detector.silent(channels, limits, now):
+            channel.drop(LossReason.SILENCE, f"nothing heard for {seconds:.1f} s")
+        self._detector.look(channels)
+        if self._stitched and (suspicion := self._detector.suspect(self._stamp, self._serving, limits)) is not None:
+            self._act_on(suspicion, now)
+
+    def _act_on(self, suspicion: Suspicion, now: float) -> None:
+        """The pipeline does not move, because of one of its stages: go on without that."""
+        stage, reason = self._serving[suspicion.place], suspicion.reason
+        if reason is LossReason.UNREACHABLE:  # as if the connection had broken in both directions, it is dialled anew
+            stage.drop(reason, suspicion.detail)
+            return
+        culprit = stage.id
+        if reason is LossReason.NEIGHBOUR:
+            culprit = self._detector.culprit(self._serving[suspicion.place - 1].id, culprit, now)
+        logger.warning("stage %s holds up the pipeline: %s; goes on without %s", stage.id, suspicion.detail, culprit)
+        self._bars.add(culprit, now)
+        self._settle_topology(culprit, reason, now)
 
     def _adopt_plan(self, plan: Plan) -> None:
         with self._changed:
@@ -460,7 +475,7 @@ class Pipeline:
             self._instance,
             self._digest,
             self._token,
-            plan.limits.heartbeat_interval_seconds,
+            plan.limits,
             self._events.put,
             self._on_result,
         )
@@ -606,6 +621,7 @@ class Pipeline:
                 self._bars.until(name),
                 self._has_caught_up(channel, now),
                 leaving=channel.ends_at is not None,
+                stuck=name in self._detector.stuck,
             )
             for name, channel in self._channels.items()
         }

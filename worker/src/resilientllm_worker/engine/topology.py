@@ -28,9 +28,11 @@ class Sight:
     waiting for."""
     leaving: bool = False
     """It works, and says that it is about to end."""
+    stuck: bool = False
+    """It has been in one step for longer than any honest one takes."""
 
     def usable(self, now: float) -> bool:
-        return self.connected and self.has_kv and now >= self.barred_until
+        return self.connected and self.has_kv and not self.stuck and now >= self.barred_until
 
 
 UNSEEN = Sight(connected=False, has_kv=False)

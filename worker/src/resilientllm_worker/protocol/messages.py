@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Stamp(NamedTuple):
@@ -38,6 +38,8 @@ class EngineHello(_Struct):
     instance: int
     config_digest: str
     heartbeat_interval_seconds: float
+    step_floor_seconds: float
+    """No step is overdue before."""
 
 
 class StageWelcome(_Struct):
@@ -170,17 +172,40 @@ class LinkLost(_Struct):
     detail: str
 
 
+class Progress(_Struct):
+    """How far a stage has come with the steps of one instance, under the stamp that it obeys. -1: with none yet.
+
+    Facts only: what should have come, the engine knows. Bytes are those that the kernel has received on the connection
+    at hand, so that what comes slowly can be told from what does not come.
+    """
+
+    stamp: Stamp
+    received: int
+    """The highest step whose command is here."""
+    landed: int
+    """The highest step whose hidden states are here."""
+    done: int
+    """The highest step that has been through the runner."""
+    command_bytes: int
+    landed_bytes: int
+
+
 class Heartbeat(_Struct):
     """That the process lives, and how its work goes. A thread of its own sends it: a hang shows in ``step_seconds``."""
 
     steps_done: int
     """Steps of all tenants that the runner has finished."""
     step_seconds: float
-    """How long the step at hand has been running; 0 when idle."""
+    """How long the step at hand has been running, but for waiting until an earlier one's hidden states have left; 0
+    when idle."""
     has_kv: bool
     """The KV cache is allocated, so the stage could serve at once."""
     replication: ReplicationReport | None = None
     """Of the instance whose engine gets this; None if this stage does not serve it."""
+    progress: Progress | None = None
+    """The same."""
+    step_allowed_seconds: float = 0.0
+    """How long the step at hand may run before it counts as stuck; 0 when idle."""
 
 
 class StageFailing(_Struct):

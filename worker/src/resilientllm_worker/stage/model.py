@@ -156,6 +156,8 @@ class Model:
                     "restart the stages of the instance after such a change"
                 )
             return self.kv
+        from vllm.utils.gc_utils import freeze_gc_heap
+
         self.kv_needs()
         self._wrapper.worker.set_kv_cache_layout(layout)
         config, block_size = kv_cache.plan_home_and_pool(
@@ -166,6 +168,7 @@ class Model:
         with self._loopback():
             times = self._wrapper.compile_or_warm_up_model()
         self._adapter.after_allocation(self._wrapper.worker.model_runner)
+        freeze_gc_heap()  # a collection over all that is there by now would hold up every thread, heartbeats included
         self.kv = KVCache(
             layout=layout,
             home_blocks=home_blocks,

@@ -59,7 +59,10 @@ from resilientllm_worker.replication.keeper import serve_replicas
 from resilientllm_worker.replication.sender import Replicator
 from resilientllm_worker.seams.errors import Malformed, Unsupported
 from resilientllm_worker.stage.activations import BadActivation, Landing, describe
+from resilientllm_worker.stage.deadline import Deadlines, size_class
 from resilientllm_worker.stage.merge import gather, merged, scatter, share, spans, why_apart
+from resilientllm_worker.stage.progress import Counts
+from resilientllm_worker.stage.step_clock import StepClock
 from resilientllm_worker.stage.tenant import Tenant
 from resilientllm_worker.tenancy.errors import SlotsBusy, TranslationError
 from resilientllm_worker.tenancy.home import HomeBlocks
@@ -141,7 +144,8 @@ class StageServer:
         # Written by the runner thread, read by heartbeats.
         self._steps_done = 0
         self._merged_steps_done = 0
-        self._step_started: float | None = None
+        self._clock = StepClock()
+        self._deadlines = Deadlines()
         # The runner thread's own.
         self._company_seconds = 0.0
         """How long the next step waits for the other tenant's, if that is not at hand."""
@@ -226,7 +230,7 @@ class StageServer:
         step = tenant.steps.popleft()
         inbound = tenant.arrived.pop((step.stamp, step.step), None)
         assert tenant.blocks is not None and tenant.engine is not None, "a tenant without them is not stitched"
-        return _Turn(tenant, step, inbound, tenant.blocks, tenant.outbound, tenant.engine)
+        return _Turn(tenant, step, inbound, tenant.blocks, tenant.outbound, tenant.engine, tenant.counts)
 
     def _run_turns(self, turns: list[_Turn], void: list[str]) -> None:
         """``turns`` are of different tenants, and what is wrong with one of them is no matter of the others."""
@@ -256,7 +260,11 @@ class StageServer:
     def _run_batch(self, batch: list[tuple[_Turn, Step]], void: list[str]) -> list[tuple[Connection, StepResult]]:
         """One forward for all of ``batch``. Raises `Malformed`, and then nothing has happened."""
         turns, steps = [turn for turn, _ in batch], [step for _, step in batch]
-        step, inbound, send = steps[0], turns[0].inbound, turns[0].send
+        step, inbound = steps[0], turns[0].inbound
+
+        def send(tensors: dict[str, torch.Tensor]) -> _Sent:
+            return _Sent([turns[0].post(tensors)], self._clock)
+
         if len(batch) > 1:
             step = merged(steps)
             order, own_orders = self._model.row_order(step), [self._model.row_order(each) for each in steps]
@@ -265,20 +273,24 @@ class StageServer:
             inbound = gather(where, inbounds) if inbounds else None
 
             def send(tensors: dict[str, torch.Tensor]) -> _Sent:
-                return _Sent([turn.post(scatter(where, place, tensors)) for place, turn in enumerate(turns)])
+                posted = [turn.post(scatter(where, place, tensors)) for place, turn in enumerate(turns)]
+                return _Sent(posted, self._clock)
 
         if void:
             known = [request for request in self._model.requests() if request.startswith(tuple(void))]
             step = msgspec.structs.replace(step, finished=[*step.finished, *known])
-        self._step_started = started = time.monotonic()
+        size = size_class(step)
+        self._clock.begin(self._deadlines.allowed(size))
         try:
             result = self._model.run(step, inbound, send if turns[0].outbound is not None else None)
         finally:
-            took = time.monotonic() - started
+            took = self._clock.end()
+            self._deadlines.observe(size, took)
             self._company_seconds = min(COMPANY_FRACTION * took, LONGEST_COMPANY_SECONDS) if len(batch) > 1 else 0.0
-            self._step_started = None
             self._steps_done += 1
             self._merged_steps_done += len(batch) > 1
+            for turn in turns:
+                turn.counts.done = turn.step.step
         if result is None:
             return []
         if len(batch) == 1:
@@ -389,6 +401,7 @@ class StageServer:
         with self._changed:
             self._engines.add(connection)
             ends_at = self._ends_at
+            self._deadlines.floor = max(self._deadlines.floor, hello.step_floor_seconds)
         if ends_at is not None:
             _tell(connection, StageLeaving(max(0.0, ends_at - time.monotonic())))
         gone = threading.Event()
@@ -414,6 +427,7 @@ class StageServer:
                 with self._changed:
                     if message.stamp == tenant.stamp and connection is tenant.engine:
                         tenant.steps.append(message)
+                        tenant.counts.received = message.step
                         self._changed.notify_all()
             case Fence():
                 self._fence(tenant, message.stamp, connection)
@@ -699,6 +713,8 @@ class StageServer:
                     if hello.stamp < tenant.stamp:
                         return
                     tenant.arrived[header.stamp, header.step] = landing.tensors
+                    if header.stamp == tenant.stamp:
+                        tenant.counts.landed = header.step
                     self._changed.notify_all()
         except BadActivation as error:
             raise ProtocolError(str(error)) from error
@@ -718,11 +734,17 @@ class StageServer:
 
     def _beat(self, tenant: Tenant, connection: Connection, interval_seconds: float, gone: threading.Event) -> None:
         while not gone.wait(max(SHORTEST_HEARTBEAT_SECONDS, interval_seconds)):
-            started = self._step_started
-            running = time.monotonic() - started if started is not None else 0.0
-            report = tenant.replicator.report() if tenant.stitched and tenant.replicator is not None else None
-            if not _tell(connection, Heartbeat(self._steps_done, running, self._model.kv is not None, report)):
+            if not _tell(connection, self._heartbeat(tenant, connection)):
                 return
+
+    def _heartbeat(self, tenant: Tenant, engine: Connection) -> Heartbeat:
+        running, allowed = self._clock.read()
+        report, progress = None, None
+        if tenant.stitched:
+            report = tenant.replicator.report() if tenant.replicator is not None else None
+            link = tenant.links.get(tenant.stamp)
+            progress = tenant.counts.told(engine.received_bytes, link.received_bytes if link is not None else 0)
+        return Heartbeat(self._steps_done, running, self._model.kv is not None, report, progress, allowed)
 
 
 @dataclass(frozen=True)
@@ -738,13 +760,11 @@ class _Turn:
     blocks: Blocks
     outbound: LinkSender | None
     engine: Connection
+    counts: Counts
 
     def post(self, tensors: dict[str, torch.Tensor]) -> Posted:
         assert self.outbound is not None
         return self.outbound.post(*describe(tensors, self.step.stamp, self.step.step))
-
-    def send(self, tensors: dict[str, torch.Tensor]) -> _Sent:
-        return _Sent([self.post(tensors)])
 
     def share_of(self, result: StepResult) -> StepResult:
         return share(result, self.tenant.prefix, self.step.stamp, self.step.step)
@@ -756,13 +776,15 @@ class _Turn:
 class _Sent:
     """What was posted, as vLLM wants it: after `wait` its memory is free, whatever became of the links."""
 
-    def __init__(self, posted: list[Posted]) -> None:
+    def __init__(self, posted: list[Posted], clock: StepClock) -> None:
         self._posted = posted
+        self._clock = clock
 
     def wait(self) -> None:
-        for each in self._posted:
-            with contextlib.suppress(LinkClosed):  # told to the engine by the link itself
-                each.wait()
+        with self._clock.standing():
+            for each in self._posted:
+                with contextlib.suppress(LinkClosed):  # told to the engine by the link itself
+                    each.wait()
 
 
 def _tell(engine: Connection, message: Any) -> bool:

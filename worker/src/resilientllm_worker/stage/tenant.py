@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from resilientllm_worker.protocol.messages import Stamp, Step
+from resilientllm_worker.stage.progress import Counts
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,8 @@ class Tenant:
     arrived: dict[tuple[Stamp, int], dict[str, torch.Tensor]] = field(default_factory=dict)
     """Hidden states that wait for their step, by stamp and step. A link may be faster than the engine's command."""
     links: dict[Stamp, Connection] = field(default_factory=dict)
+    counts: Counts = field(default_factory=lambda: Counts(NEVER))
+    """How far the steps of ``stamp`` have come here."""
     last_served: int = 0
     replicator: Replicator | None = None
     """Sends this instance's sealed blocks to whoever keeps them."""
@@ -60,6 +63,7 @@ class Tenant:
         self.stitched = False
         self.steps.clear()
         self.arrived = {key: tensors for key, tensors in self.arrived.items() if key[0] >= stamp}
+        self.counts = Counts.after_fence(stamp, self.arrived)
         closing: list[Connection | LinkSender] = [link for old, link in self.links.items() if old < stamp]
         self.links = {new: link for new, link in self.links.items() if new >= stamp}
         if self.outbound is not None:

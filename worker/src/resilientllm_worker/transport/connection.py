@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -33,6 +34,9 @@ while it is busy: one that is slower to take a tensor than this loses its link.
 """
 
 _MAX_PARTS = 1024  # IOV_MAX
+# struct tcp_info of linux/tcp.h, which only ever grows at its end.
+_TCPI_BYTES_RECEIVED = slice(128, 136)
+_TCP_INFO_BYTES = 136
 
 _Described = TypeVar("_Described", Activation, Replicas, Weights)
 _Counted = TypeVar("_Counted", Replicas, Weights)
@@ -62,6 +66,16 @@ class Connection:
     @property
     def closed(self) -> bool:
         return self._socket.closed
+
+    @property
+    def received_bytes(self) -> int:
+        """What the kernel has received of the stream, whether it was read or not; 0 once the connection is closed."""
+        try:
+            with self._socket as sock:
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        except (ConnectionClosed, OSError):
+            return 0
+        return int.from_bytes(info[_TCPI_BYTES_RECEIVED], sys.byteorder)
 
     def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Sends a whole frame; waits while the peer is slower than we.
