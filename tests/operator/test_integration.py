@@ -196,6 +196,7 @@ class TestObjects:
             "heartbeatInterval": "100ms",
             "heartbeatTimeout": "800ms",
             "stepTimeout": "2s",
+            "sickAfter": "30s",
             "mode": "Act",
             "weights": "Twin",
             "repeatOffender": {"failures": 3, "window": "1h"},

@@ -1,4 +1,4 @@
-"""``resilientllm-stage`` with a switch, for tests: after SIGUSR1 its model stays within its next step until SIGUSR2.
+"""``resilientllm-stage`` with a switch, for tests: after SIGUSR1 its model stays within its next step for ever.
 
 Run by path, as the stages of a cluster (`executables`). The stage itself has nothing of this.
 """
@@ -25,19 +25,8 @@ def stages_that_can_hang(directory: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    stuck, free = threading.Event(), threading.Event()
-    free.set()
-
-    def stop(number: int, frame: object) -> None:
-        free.clear()
-        stuck.set()
-
-    def go_on(number: int, frame: object) -> None:
-        stuck.clear()
-        free.set()
-
-    signal.signal(signal.SIGUSR1, stop)
-    signal.signal(signal.SIGUSR2, go_on)
+    stuck, never = threading.Event(), threading.Event()
+    signal.signal(signal.SIGUSR1, lambda number, frame: stuck.set())
     load = stage._load
 
     def load_with_switch(*args: Any) -> tuple[Any, ...]:
@@ -47,8 +36,7 @@ def main() -> None:
         def run_unless_stuck(*step: Any) -> Any:
             if stuck.is_set():
                 print("the model is stuck within a step", file=sys.stderr, flush=True)
-                while not free.wait(0.05):
-                    """Until SIGUSR2."""
+                never.wait()
             return run(*step)
 
         model.run = run_unless_stuck  # type: ignore[assignment,method-assign]

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tests.recovery.stuck_stage import stages_that_can_hang
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 WAIT_FOR_DONOR_SECONDS = 6.0
+SICK_AFTER_SECONDS = 3.0
 STAGES = 3
 FLAGS = ("--kv-cache-memory-bytes", str(64 * 2**20), "--max-num-batched-tokens", "512", "--max-model-len", "2048")
 
@@ -36,7 +39,7 @@ def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         directory=directory,
         runner="v1",
         extra_flags=FLAGS,
-        limits=Limits(wait_for_donor_seconds=WAIT_FOR_DONOR_SECONDS),
+        limits=Limits(wait_for_donor_seconds=WAIT_FOR_DONOR_SECONDS, sick_after_seconds=SICK_AFTER_SECONDS),
         executables=stages_that_can_hang(directory),
     ) as running:
         running.wait_ready(READY_SECONDS)
@@ -113,12 +116,10 @@ def test_an_idle_instance_recovers_before_it_is_asked(whole: LocalCluster) -> No
     assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=2 * 60)
 
 
-def signalled(cluster: LocalCluster, stage: int, number: int) -> int:
-    """Send a signal to a stage of instance 0. Returns its pid."""
-    pid = cluster.stage(0, stage).pid
+def signalled(cluster: LocalCluster, stage: tuple[int, int], number: int) -> None:
+    pid = cluster.stage(*stage).pid
     assert pid is not None
     os.kill(pid, number)
-    return pid
 
 
 def loss_of(cluster: LocalCluster, after: int) -> Recovery:
@@ -135,16 +136,55 @@ def test_a_stopped_stage_is_lost_and_comes_back_into_its_place_when_it_goes_on(w
     before = state_of(whole, 0).recoveries_total
     pid = whole.stage(0, 1).pid
     try:
-        (streams,) = with_kill(url, wanted, lambda: signalled(whole, 1, signal.SIGSTOP), after_tokens=60)
+        (streams,) = with_kill(url, wanted, lambda: signalled(whole, (0, 1), signal.SIGSTOP), after_tokens=60)
         assert compared(expected, streams) == Tokens(delivered=6 * 250)
         loss = loss_of(whole, before)
         assert (loss.reason, loss.stages) == (LossReason.SILENCE, (1,))
     finally:
-        signalled(whole, 1, signal.SIGCONT)
+        signalled(whole, (0, 1), signal.SIGCONT)
     whole.wait_ready(READY_SECONDS)
     assert whole.stage(0, 1).pid == pid
     assert state_of(whole, 0).recoveries[-1].kind is RecoveryKind.SWAP_BACK
     assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=6 * 250)
+
+
+def status(url: str) -> int | None:
+    """Of an HTTP answer; None if nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def test_health_tells_of_a_stage_that_is_stuck_where_nobody_can_stand_in(whole: LocalCluster) -> None:
+    wanted = asks(3, tokens=400)
+    url = whole.engines[0].url
+    expected = undisturbed(url, wanted)
+    health = f"{url}/health"
+    ready = f"http://{whole.endpoints.stages[StageId(instance=0, stage=1)].health}/readyz"
+    assert (status(health), status(ready)) == (200, 200)
+    waiting = {health, ready}
+
+    def hang() -> None:
+        signalled(whole, (0, 1), signal.SIGUSR1)
+        deadline = time.monotonic() + 60
+        while waiting:
+            assert time.monotonic() < deadline, waiting
+            waiting.difference_update([each for each in waiting if status(each) == 503])
+            time.sleep(0.05)
+
+    signalled(whole, (1, 1), signal.SIGSTOP)
+    try:
+        (streams,) = with_kill(url, wanted, hang, after_tokens=30)
+        assert all(stream.error and "Send the request again" in stream.error for stream in streams)
+    finally:
+        signalled(whole, (1, 1), signal.SIGCONT)
+    whole.wait_ready(READY_SECONDS)
+    assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=3 * 400)
+    assert (status(health), status(ready)) == (200, 200)
 
 
 @pytest.mark.parametrize("stage", [0, 2], ids=["first", "last"])
@@ -155,16 +195,13 @@ def test_a_stage_that_is_stuck_within_a_step_is_lost_although_it_has_heartbeats(
     url = whole.engines[0].url
     expected = undisturbed(url, wanted)
     before = state_of(whole, 0).recoveries_total
-    try:
-        (streams,) = with_kill(url, wanted, lambda: signalled(whole, stage, signal.SIGUSR1), after_tokens=60)
-        assert compared(expected, streams) == Tokens(delivered=6 * 250)
-        loss = loss_of(whole, before)
-        assert (loss.reason, loss.stages) == (LossReason.HANG, (stage,))
-        state = state_of(whole, 0)
-        assert state.stages[stage].own_connected
-        assert state.stages[stage].served_by == StageId(instance=1, stage=stage)
-    finally:
-        signalled(whole, stage, signal.SIGUSR2)
+    pid = whole.stage(0, stage).pid
+    (streams,) = with_kill(url, wanted, lambda: signalled(whole, (0, stage), signal.SIGUSR1), after_tokens=60)
+    assert compared(expected, streams) == Tokens(delivered=6 * 250)
+    loss = loss_of(whole, before)
+    assert (loss.reason, loss.stages) == (LossReason.HANG, (stage,))
+    whole.wait_for(lambda now: whole.stage(0, stage).pid not in (pid, None), READY_SECONDS, "it to end by itself")
+    assert "stuck: a step has been running for" in whole.log(f"stage-0.{stage}")
     whole.wait_ready(READY_SECONDS)
     assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=6 * 250)
 

@@ -273,6 +273,10 @@ class RecoveryPolicy(CrdModel):
                 "recovery.stepTimeout must be from 100ms to 24h",
             ),
             rule(
+                "duration(self.sickAfter) >= duration('1s') && duration(self.sickAfter) <= duration('24h')",
+                "recovery.sickAfter must be from 1s to 24h",
+            ),
+            rule(
                 "duration(self.drainTimeout) >= duration('1s') && duration(self.drainTimeout) <= duration('1h')",
                 "recovery.drainTimeout must be from 1s to 1h: a node that is drained waits for it",
             ),
@@ -288,6 +292,9 @@ class RecoveryPolicy(CrdModel):
     step_timeout: Duration = "2s"
     """No step of a stage counts as stuck before. Each stage learns from its own steps how long one may take: this, or
     eight times what such steps took, whichever is longer."""
+    sick_after: Duration = "30s"
+    """An engine that has requests and has not done a step for so long, or could not have taken any, is not healthy: it
+    says so on ``/health`` and gets no requests."""
     drain_timeout: Duration = "5m"
     """How long at most requests may run on in an instance that gives way (a roll-out, fewer instances) or an engine pod
     that is told to end (an eviction), which get no new ones. What still runs then is cut off. It is the pods' grace

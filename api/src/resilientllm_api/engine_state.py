@@ -143,6 +143,13 @@ class EngineState(Frozen):
     recoveries_total: int = 0
     requests_running: int = 0
     requests_waiting: int = 0
+    steps_total: int = 0
+    """Steps whose results came: what moves."""
+    step_allowed_seconds: float = 0.0
+    """How long the steps that are being done may take, at most; 0 if there are none."""
+    sick: str = ""
+    """For people: there is work and nothing has moved for ``sickAfter``, or none could be taken; empty if it is well.
+    A sick engine does not serve, whatever ``phase`` says."""
     tokens_recomputed_total: int = 0
 
     @property

@@ -58,6 +58,8 @@ class Limits(Frozen):
     """A stage that was silent for so long is lost; so is one whose pipeline did not move because of it."""
     step_floor_seconds: Seconds = 2.0
     """No step counts as stuck before; how much longer it may take, its stage learns from others."""
+    sick_after_seconds: Seconds = 30.0
+    """An instance that has requests, or cannot take any, and has not done a step for so long, says that it is sick."""
     wait_for_donor_seconds: Seconds = 30.0
     """How long a request waits while no stage can stand in; then it fails with an explicit, retryable error."""
     attach_timeout_seconds: Seconds = 600.0

@@ -63,7 +63,8 @@ def _instance(world: World, instance: int, donors: Donors, now: datetime) -> Ins
         return status
     verified = incarnation(pod, state) if view.verified == incarnation(pod, state) else None
     # A re-stitch lasts milliseconds: it is no reason to send requests elsewhere.
-    serving = verified is not None and (state.serving or state.phase is EnginePhase.RECOVERING)
+    goes_on = state.phase is EnginePhase.RECOVERING and not state.sick
+    serving = verified is not None and (state.serving or goes_on)
     return status.model_copy(
         update={
             "serving": serving,

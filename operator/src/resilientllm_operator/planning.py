@@ -26,6 +26,7 @@ def limits_of(policy: RecoveryPolicy) -> Limits:
     return Limits(
         heartbeat_interval_seconds=parse_seconds(policy.heartbeat_interval),
         heartbeat_timeout_seconds=parse_seconds(policy.heartbeat_timeout),
+        sick_after_seconds=parse_seconds(policy.sick_after),
         step_floor_seconds=parse_seconds(policy.step_timeout),
         wait_for_donor_seconds=max(parse_seconds(policy.wait_for_donor), 0.001),
     )

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from resilientllm_worker.engine.pipeline import Pipeline
 logger = logging.getLogger(__name__)
 
 STATE_SECONDS = 0.1
+STATE_AT_LEAST_SECONDS = 1.0
+"""Said so often though nothing has changed, so that silence means something."""
 
 
 class ControlLink:
@@ -59,9 +62,11 @@ class ControlLink:
 
     def _write(self) -> None:
         last: EngineState | None = None
+        said = 0.0
         while not self._stopping.wait(STATE_SECONDS):
-            if (state := self._pipeline.state()) != last:
-                last = state
+            now = time.monotonic()
+            if (state := self._pipeline.state()) != last or now - said >= STATE_AT_LEAST_SECONDS:
+                last, said = state, now
                 if not self._say(state):
                     return
 

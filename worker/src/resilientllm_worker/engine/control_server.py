@@ -47,6 +47,10 @@ class PlanStore:
         self.plan = self._load()
         self.state = EngineState(instance=instance, phase=EnginePhase.STARTING, message="starts")
         """Of EngineCore. What is told outside is `public_state`."""
+        self.heard_at = time.monotonic()
+        """When EngineCore said anything last."""
+        self.sick = ""
+        """What `health` finds."""
         self.api_listens = False
         self.leaving = False
         """This process was told to end."""
@@ -82,6 +86,8 @@ class PlanStore:
         if self.leaving:
             message = f"ends when {self.requests} requests are done"
             return state.model_copy(update={"serving": False, "leaving": True, "message": message})
+        if self.sick:
+            return state.model_copy(update={"serving": False, "sick": self.sick, "message": self.sick})
         if self.api_listens or not state.serving:
             return state
         return state.model_copy(
@@ -167,7 +173,7 @@ class ControlSocket:
         try:
             with peer, peer.makefile("r", encoding="utf-8") as lines:
                 for line in lines:
-                    self._store.tell(state=EngineState.model_validate_json(line))
+                    self._store.tell(state=EngineState.model_validate_json(line), heard_at=time.monotonic())
         except (OSError, ValidationError) as error:  # killed in the middle of a line, or with a plan unread
             logger.debug("EngineCore's control socket: %s", error)
         if self._store.state.phase is not EnginePhase.FAILED:

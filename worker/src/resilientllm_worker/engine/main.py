@@ -52,12 +52,14 @@ def _run() -> None:
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
+    from resilientllm_worker.engine.health import tell_the_truth
     from resilientllm_worker.engine.leaving import drain_before_the_end
     from resilientllm_worker.seams.request_errors import tell_that_retrying_helps
 
     tell_that_retrying_helps()
     watch_api(store, args.host, args.port)
     drain_before_the_end(args, store)
+    tell_the_truth(args, store)
     try:
         uvloop.run(run_server(args))
     except (SystemExit, KeyboardInterrupt):

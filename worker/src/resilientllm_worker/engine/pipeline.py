@@ -136,6 +136,7 @@ class Pipeline:
         self._in_flight: dict[int, Future[Any]] = {}
         self._next_step = 0
         self._load = (0, 0)
+        self._steps_total = 0
         # The conductor's own.
         self._assignment: Assignment = ()
         self._incarnations: Incarnations = ()
@@ -336,6 +337,7 @@ class Pipeline:
             if result.stamp != self._stamp:
                 return
             future = self._in_flight.pop(result.step, None)
+            self._steps_total += future is not None
             if self._recoveries.going and self._stitched and any(result.sampled_token_ids):
                 self._recoveries.finish(time.monotonic())
         if future is not None:
@@ -360,6 +362,7 @@ class Pipeline:
                     failure=self._failure,
                     recoveries=self._recoveries,
                     load=self._load,
+                    steps_total=self._steps_total,
                 )
             )
 

@@ -40,6 +40,8 @@ class View:
     recoveries: Recoveries
     load: tuple[int, int]
     """Requests running and waiting."""
+    steps_total: int = 0
+    """Whose results came."""
 
 
 def engine_state(view: View) -> EngineState:
@@ -73,6 +75,11 @@ def engine_state(view: View) -> EngineState:
         recoveries_total=view.recoveries.total,
         requests_running=running,
         requests_waiting=waiting,
+        steps_total=view.steps_total,
+        step_allowed_seconds=max(
+            (channel.pulse.beat.step_allowed_seconds for channel in view.serving if channel.pulse is not None),
+            default=0.0,
+        ),
         tokens_recomputed_total=view.recoveries.tokens_recomputed_total,
     )
 

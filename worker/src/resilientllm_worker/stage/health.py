@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,6 +16,11 @@ from resilientllm_api.ports import HEALTH_PATH, READY_PATH
 logger = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class NotReady:
+    reason: str
 
 
 class _Server(ThreadingHTTPServer):
@@ -26,9 +32,9 @@ class _Server(ThreadingHTTPServer):
 
 
 class HealthServer:
-    """``/healthz`` answers while the process lives; ``/readyz`` is 200 once ``ready`` returns a report, 503 before."""
+    """``/healthz`` answers while the process lives; ``/readyz`` is 200 with the report of ``ready``, or 503."""
 
-    def __init__(self, host: str, port: int, ready: Callable[[], dict[str, object] | None]) -> None:
+    def __init__(self, host: str, port: int, ready: Callable[[], dict[str, object] | NotReady]) -> None:
         class Handler(BaseHTTPRequestHandler):
             timeout = REQUEST_SECONDS
 
@@ -37,7 +43,10 @@ class HealthServer:
                     self._answer(200, {"alive": True})
                 elif self.path == READY_PATH:
                     report = ready()
-                    self._answer(200, report) if report else self._answer(503, {"ready": False})
+                    if isinstance(report, NotReady):
+                        self._answer(503, {"ready": False, "reason": report.reason})
+                    else:
+                        self._answer(200, report)
                 else:
                     self._answer(404, {"error": f"expected {HEALTH_PATH} or {READY_PATH}"})
 

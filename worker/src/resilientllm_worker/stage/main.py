@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from resilientllm_worker.process import add_common_flags, host_and_port, read_token, run_command
 from resilientllm_worker.seams.launch import BadConfiguration, config_digest, make_config, make_parser, prepare
+from resilientllm_worker.stage import watchdog
 from resilientllm_worker.stage.background import run_nicely
-from resilientllm_worker.stage.health import HealthServer
+from resilientllm_worker.stage.health import HealthServer, NotReady
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,10 +47,17 @@ def _run() -> None:
     report: dict[str, object] = {}
     server: StageServer | None = None
     health_host, health_port = args.health
+
+    def ready() -> dict[str, object] | NotReady:
+        if not report or server is None:
+            return NotReady("it has no weights yet")
+        _, seconds, allowed = server.step_at_hand()
+        if seconds > allowed:
+            return NotReady(f"a step has been running for {seconds:.1f} s, {allowed:.1f} s are allowed")
+        return {**report, "counts": server.counts}
+
     try:
-        health = HealthServer(
-            health_host, health_port, ready=lambda: {**report, "counts": server.counts} if report and server else None
-        )
+        health = HealthServer(health_host, health_port, ready)
     except OSError as error:
         raise BadConfiguration(f"--health {health_host}:{health_port}: {error.strerror}") from error
 
@@ -87,6 +95,7 @@ def _run() -> None:
     )
     logger.info("stage %d.%d has its weights and listens on %s", args.instance, args.stage, listener.address)
     leave_on_sigterm(server, args.leave_timeout)
+    watchdog.watch(server.step_at_hand, watchdog.end_process)
     try:
         server.run()
     except KeyboardInterrupt:

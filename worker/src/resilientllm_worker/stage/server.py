@@ -197,6 +197,10 @@ class StageServer:
         """For people: how many steps the runner has finished, and how many of them were both tenants' at once."""
         return {"steps": self._steps_done, "merged": self._merged_steps_done}
 
+    def step_at_hand(self) -> tuple[int, float, float]:
+        """Steps done, and of the one in the runner how long it has been there and how long it may; zeros for none."""
+        return (self._steps_done, *self._clock.read())
+
     def _next(self) -> Callable[[], None] | tuple[list[_Turn], list[str]] | None:
         with self._changed:
             while True:
@@ -401,7 +405,7 @@ class StageServer:
         with self._changed:
             self._engines.add(connection)
             ends_at = self._ends_at
-            self._deadlines.floor = max(self._deadlines.floor, hello.step_floor_seconds)
+            self._deadlines.floor = hello.step_floor_seconds  # all engines have it from one object
         if ends_at is not None:
             _tell(connection, StageLeaving(max(0.0, ends_at - time.monotonic())))
         gone = threading.Event()

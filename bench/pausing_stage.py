@@ -1,0 +1,49 @@
+"""A stage that is held up as Python's garbage collector may do it: now and then, all of its threads at once.
+
+For `bench.suspicions`. Every GARBAGE_PERIOD seconds a thread collects over all that the process has, which holds the
+interpreter's lock: GARBAGE_OBJECTS objects of its own, and what the stage has spared the collector. A step of a
+thousand tokens or more takes LONG_STEP_SECONDS besides, as the prefill of a large model does: without taking CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from resilientllm_worker.stage import main
+from resilientllm_worker.stage.model import Model
+
+OBJECTS = int(os.environ["GARBAGE_OBJECTS"])
+PERIOD_SECONDS = float(os.environ["GARBAGE_PERIOD"])
+LONG_STEP_SECONDS = float(os.environ["LONG_STEP_SECONDS"])
+LONG_STEP_TOKENS = 1000
+
+stock = Model.run
+
+
+def collect() -> None:
+    kept: list[Any] = []
+    for _ in range(OBJECTS):
+        kept.append([kept])
+    while True:
+        time.sleep(PERIOD_SECONDS)
+        started = time.monotonic()
+        gc.unfreeze()
+        gc.collect()
+        print(f"collected for {time.monotonic() - started:.3f} s", file=sys.stderr, flush=True)
+
+
+def run(self: Model, step: Any, inbound: Any, send: Any) -> Any:
+    if sum(tokens for _, tokens in step.num_scheduled_tokens) >= LONG_STEP_TOKENS:
+        time.sleep(LONG_STEP_SECONDS)
+    return stock(self, step, inbound, send)
+
+
+if __name__ == "__main__":
+    Model.run = run  # type: ignore[method-assign]
+    threading.Thread(target=collect, daemon=True).start()
+    main.main()
