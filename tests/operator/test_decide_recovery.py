@@ -23,6 +23,7 @@ from tests.operator.builders import (
     status_of,
     with_engine,
     with_pod,
+    with_status,
     without_pod,
 )
 
@@ -97,6 +98,17 @@ class TestABorrowedStage:
         assert "120 tokens were computed again, 640 were kept" in event.note
         assert unhealthy.reason == "ReplicationUnhealthy"
         assert events(settled(borrowing())) == []
+
+    def test_is_not_told_again_by_an_operator_that_wrote_something_else_first(self) -> None:
+        """The last one ended between event and status, and this one had not heard of the engine when it began."""
+        world = borrowing()
+        conditions = tuple(
+            each.model_copy(update={"message": "another"}) if each.type == "Ready" else each
+            for each in world.object.status.conditions
+        )
+        other = with_status(world, world.object.status.model_copy(update={"conditions": conditions}))
+        assert other != world
+        assert of_type(decided(other), Announce) == of_type(decided(world), Announce)
 
     def test_of_a_stage_that_the_plan_forbids_is_not_called_a_loss_for_unknown_reasons(self) -> None:
         forbidden = BORROW.model_copy(update={"reason": None})

@@ -71,7 +71,7 @@ class Announce:
     note: str
     warning: bool = False
     about: str = ""
-    """Names the status before: a transition that is decided again, after a crash, is not told twice."""
+    """Names the transition, or the status before it: what is decided again, after a crash, is not told twice."""
 
 
 @dataclass(frozen=True)

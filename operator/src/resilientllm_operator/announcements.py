@@ -1,4 +1,8 @@
-"""Events: what changed between two statuses. Pure, and therefore one event a transition, whatever restarts."""
+"""Events: what changed between two statuses. Pure, and therefore one event a transition, whatever restarts.
+
+What an engine tells is named by itself: an operator that begins writes a status before it has heard of any engine, and
+so decides the same transition from another status than the one before it.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +56,15 @@ def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterat
     for each in after.recoveries:
         if each.resumed_at is None or (each.instance, each.id) in told:
             continue
+        about = f"{each.instance}/{each.id}"
         places = ", ".join(f"{each.instance}.{stage}" for stage in each.stages)
         if each.kind is RecoveryKind.SWAP_BACK:
             note = f"Instance {each.instance} runs on its own stage {places} again."
-            yield Announce(EventReason.SWAPPED_BACK, note)
+            yield Announce(EventReason.SWAPPED_BACK, note, about=about)
             continue
         if each.kind is RecoveryKind.MOVE:
             note = f"Stage {places} is to go and still works: {each.donor} has taken over, without a loss."
-            yield Announce(EventReason.MOVED, note)
+            yield Announce(EventReason.MOVED, note, about=about)
             continue
         # Without a reason of its own the engine did what the plan says: this stage must not be used.
         lost = f"was lost ({each.reason})" if each.reason else "must not be used any more"
@@ -70,6 +75,7 @@ def _recoveries(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterat
             f"{each.took or 'an unknown time'}; {each.requests_affected} running requests were affected, "
             f"{each.tokens_recomputed} tokens were computed again, {each.tokens_kept} were kept.",
             warning=True,
+            about=about,
         )
 
 
@@ -104,13 +110,14 @@ def _replication(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Itera
     risky = Reason.SHARED_FAILURE_DOMAIN
     if now is None or (then is not None and (then.status, then.reason == risky) == (now.status, now.reason == risky)):
         return
+    about = f"{then.last_transition_time}/{then.reason}" if then is not None else "first"
     if now.reason == risky:
-        yield Announce(risky, now.message, warning=True)
+        yield Announce(risky, now.message, warning=True, about=about)
     elif now.status is ConditionStatus.TRUE:
-        yield Announce(EventReason.REPLICATION_HEALTHY, now.message)
+        yield Announce(EventReason.REPLICATION_HEALTHY, now.message, about=about)
     elif now.status is ConditionStatus.FALSE and now.reason != Reason.DISABLED:
         # Who switched it off need not be warned of it.
-        yield Announce(EventReason.REPLICATION_UNHEALTHY, now.message, warning=True)
+        yield Announce(EventReason.REPLICATION_UNHEALTHY, now.message, warning=True, about=about)
 
 
 def _stages(before: ResilientLLMStatus, after: ResilientLLMStatus) -> Iterator[Announce]:

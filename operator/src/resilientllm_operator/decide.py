@@ -117,7 +117,7 @@ def _record(world: World, status: ResilientLLMStatus) -> Iterator[Action]:
     if status != world.object.status:
         # Events first: once the status is written, nobody can see what changed with it.
         for announce in announcements(world.object.status, status):
-            yield replace(announce, about=_digest(world.object.status))
+            yield replace(announce, about=announce.about or _digest(world.object.status))
         yield WriteStatus(status, world.object.resource_version)
 
 
