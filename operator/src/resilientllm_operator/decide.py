@@ -7,11 +7,12 @@ in the object's status: which plan was published, what was given up, which engin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from resilientllm_api.crd import DrainStatus, HoldStatus, InstanceStatus, PlanStatus, ResilientLLMStatus
+from resilientllm_api.plan import Plan
 
 from resilientllm_operator import capacity, draining, planning, routing
 from resilientllm_operator.actions import (
@@ -46,24 +47,18 @@ def decide(world: World, now: datetime) -> list[Action]:
     if world.object.deleting:
         return []  # The garbage collector deletes what the object owns; making more would be a race with it.
     assessment, world = assess(world, now)
-    donors = ranked_donors(world)
-    able = with_findings(world, instance_statuses(world, donors, now), assessment)
-    hold = capacity.hold_of(world, now)
-    drain = draining.drain_of(world, able, hold, assessment.restraint is not None, now)
-    instances = draining.shown(world, able, drain)
-    plan, plans = planning.desired_plans(world, donors, drain, assessment)
-    expendable = draining.expendable(world, able, drain)
+    intent = _intent(world, assessment, now)
     changes: list[CreateToken | CreatePod | DeletePod] = [*_token(world)]
     if world.token is not Owner.FOREIGN:
-        changes += capacity.pod_changes(world, hold, expendable, assessment, now)
+        expendable = draining.expendable(world, intent.able, intent.drain)
+        changes += capacity.pod_changes(world, intent.hold, expendable, assessment, now)
     would_do: tuple[str, ...] = ()
     if assessment.restraint is Restraint.OBSERVING:
-        would_do = tuple(
-            [*map(in_words, changes), *draining.in_words(draining.drain_of(world, able, hold, False, now))]
-        )
+        would_drain = draining.drain_of(world, intent.able, intent.hold, False, now)
+        would_do = tuple([*map(in_words, changes), *draining.in_words(would_drain)])
         changes = []
-    status = _status(world, able, instances, hold, drain, plan, assessment, would_do, now)
-    endpoints = [*_endpoints(world, instances)]
+    status = _status(world, assessment, intent, would_do, now)
+    endpoints = [*_endpoints(world, intent.instances)]
     gains = all(routing.only_adds(world.endpoints, each.manifest) for each in endpoints)
     return [
         # A dead engine must leave the Service before anything else is done about it. One that has proved itself comes
@@ -73,39 +68,54 @@ def decide(world: World, now: datetime) -> list[Action]:
         *_record(world, status),
         *(endpoints if gains else []),
         # After the record: a version must never name two plans, so it is written down before it is used. So are pairs.
-        *planning.publications(world, plans),
+        *planning.publications(world, intent.plans),
         *_verifications(world),
         *_budgets(world),
         *changes,
     ]
 
 
+@dataclass(frozen=True)
+class _Intent:
+    """What is meant to become of the instances, before it is put into actions."""
+
+    able: tuple[InstanceStatus, ...]
+    """As if none gave way."""
+    hold: HoldStatus | None
+    drain: DrainStatus | None
+    instances: tuple[InstanceStatus, ...]
+    """As they are told."""
+    plan: PlanStatus | None
+    plans: Mapping[int, Plan]
+
+
+def _intent(world: World, assessment: Assessment, now: datetime) -> _Intent:
+    donors = ranked_donors(world)
+    able = with_findings(world, instance_statuses(world, donors, now), assessment)
+    hold = capacity.hold_of(world, now)
+    drain = draining.drain_of(world, able, hold, assessment.restraint is not None, now)
+    plan, plans = planning.desired_plans(world, donors, drain, assessment)
+    return _Intent(able, hold, drain, draining.shown(world, able, drain), plan, plans)
+
+
 def _status(
-    world: World,
-    able: tuple[InstanceStatus, ...],
-    instances: tuple[InstanceStatus, ...],
-    hold: HoldStatus | None,
-    drain: DrainStatus | None,
-    plan: PlanStatus | None,
-    assessment: Assessment,
-    would_do: tuple[str, ...],
-    now: datetime,
+    world: World, assessment: Assessment, intent: _Intent, would_do: tuple[str, ...], now: datetime
 ) -> ResilientLLMStatus:
     recoveries = recovery_record(world)
-    wanted = instances[: world.object.spec.instances]
-    troubles = troubles_of(world, hold, wanted, assessment, now)
-    changing = change(world, able, hold, troubles, drain, now)
+    wanted = intent.instances[: world.object.spec.instances]
+    troubles = troubles_of(world, intent.hold, wanted, assessment, now)
+    changing = change(world, intent.able, intent.hold, troubles, intent.drain, now)
     return ResilientLLMStatus(
         observed_generation=world.object.generation,
-        conditions=conditions(world, wanted, troubles, now, drain, changing, would_do),
+        conditions=conditions(world, wanted, troubles, now, intent.drain, changing, would_do),
         ready=f"{sum(each.serving for each in wanted)}/{len(wanted)}",
         endpoint=routing.endpoint_url(world.object),
-        instances=instances,
+        instances=intent.instances,
         last_recovery=last_loss(recoveries) or world.object.status.last_recovery,
         recoveries=recoveries,
-        plan=plan,
-        hold=hold,
-        drain=drain,
+        plan=intent.plan,
+        hold=intent.hold,
+        drain=intent.drain,
         failures=assessment.failures,
         nodes=assessment.nodes,
         breaker=assessment.breaker,
