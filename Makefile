@@ -21,11 +21,15 @@ PORT ?= 8000
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+CHAOS_ARGS ?=
+# Of chaos: some kinds, or all; runs of each.
+FAULTS ?=
+RUNS ?= 20
 # Of the worker image: cpu or gpu.
 VARIANT ?= cpu
 TAG ?= dev
 
-.PHONY: help setup test unit e2e lint format types imports generate local bench demo demo-down kind-smoke images clean
+.PHONY: help setup test unit e2e lint format types imports generate local bench chaos demo demo-down kind-smoke images clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +78,9 @@ local: setup $(filter build/tiny,$(MODEL)) ## engines and stages as processes of
 
 bench: setup ## kills under load, beside stock vLLM; writes build/bench.json
 	@$(RUN) resilientllm bench $(BENCH_ARGS)
+
+chaos: setup ## faults under load, each proven; FAULTS=kill-first,hang and RUNS=20 choose; writes build/chaos.jsonl (root)
+	@$(RUN) resilientllm chaos --faults '$(FAULTS)' --runs $(RUNS) $(CHAOS_ARGS)
 
 demo: setup ## a real Kubernetes, a kill in mid-stream, the same stream; writes build/demo.json (root)
 	@$(RUN) python -m e2e.demo up $(DEMO_ARGS)

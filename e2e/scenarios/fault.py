@@ -38,7 +38,7 @@ class Fault:
     """What was seen that shows that it landed."""
 
 
-class _Clock:
+class Clock:
     """Reads both clocks at once."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ def kill_node(ground: Ground, pod: Pod, pids: list[int] | None = None) -> Fault:
     """
     node = node_of(pod)
     pids = pids or pids_of(ground, pod)
-    clock = _Clock()
+    clock = Clock()
     ground.cluster.kill_node(node)
     assert not faults.is_alive(ground.cluster.layout, node), f"{node} survived"
     _ended(pids)
@@ -66,16 +66,16 @@ def partition_node(ground: Ground, pod: Pod) -> Fault:
     """Cuts the network of the node that a stage runs on; the stage goes on."""
     node, pids = node_of(pod), pids_of(ground, pod)
     assert can_reach(ground, pod), f"{pod.place} must be reachable, or its loss would prove nothing"
-    clock = _Clock()
+    clock = Clock()
     ground.cluster.partition_node(node)
     assert not can_reach(ground, pod), f"{pod.place} is still reached at {pod.ip}"
-    _alive(pids)
+    alive(pids)
     return clock.fault(f"network of {node} cut", f"no connection to {pod.place} at {pod.ip}; its processes {pids} live")
 
 
 def heal_node(ground: Ground, pod: Pod) -> Fault:
     node = node_of(pod)
-    clock = _Clock()
+    clock = Clock()
     ground.cluster.heal_node(node)
     wait_until(lambda: can_reach(ground, pod), f"{pod.ip} to be reached again", timeout_seconds=_LANDS_SECONDS)
     return clock.fault(f"network of {node} joined", f"{pod.ip} is reached again")
@@ -83,7 +83,7 @@ def heal_node(ground: Ground, pod: Pod) -> Fault:
 
 def delete_pod(ground: Ground, pod: Pod) -> Fault:
     """As a person with kubectl does it: asked to end, with the grace that it has."""
-    clock = _Clock()
+    clock = Clock()
     ground.cluster.kubectl("delete", "pod", pod.name, f"--namespace={NAMESPACE}", "--wait=false")
     look = ground.look()
     assert pod.uid not in {each.uid for each in look.pods}, f"{pod.name} is not on its way out"
@@ -93,7 +93,7 @@ def delete_pod(ground: Ground, pod: Pod) -> Fault:
 def drain_node(ground: Ground, pod: Pod) -> Fault:
     """As an administrator does it: cordon, then evictions; returns when the node is empty of what was to go."""
     node = node_of(pod)
-    clock = _Clock()
+    clock = Clock()
     said = ground.cluster.kubectl(
         *("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", f"--timeout={DRAIN_SECONDS}s"),
         timeout_seconds=DRAIN_SECONDS + 10,
@@ -105,7 +105,7 @@ def drain_node(ground: Ground, pod: Pod) -> Fault:
 
 def set_node_condition(ground: Ground, pod: Pod, kind: str, message: str) -> Fault:
     """As NVSentinel reports a fatal fault: a condition of the node becomes True."""
-    node, clock = node_of(pod), _Clock()
+    node, clock = node_of(pod), Clock()
     moment = f"{clock.at:%Y-%m-%dT%H:%M:%SZ}"
     condition = {"type": kind, "status": "True", "reason": f"{kind}IsNotHealthy", "message": message}
     times = {"lastHeartbeatTime": moment, "lastTransitionTime": moment}
@@ -121,7 +121,7 @@ def break_device(ground: Ground, pod: Pod) -> Fault:
     """The device plugin calls the GPU of a stage unhealthy; the kubelet writes it into the pod's status."""
     ((device, health),) = devices_of(ground, pod)
     assert health == "Healthy", f"{device} of {pod.name} is {health} already"
-    clock = _Clock()
+    clock = Clock()
     ground.cluster.set_gpu_health(node_of(pod), device, healthy=False)
     wait_until(
         lambda: devices_of(ground, pod) in ([(device, "Unhealthy")], []),
@@ -149,7 +149,7 @@ def change_spec(ground: Ground, what: str, change: Callable[[dict[str, Any]], No
     """As a user does it: the object is applied with another spec. It stays so."""
     change(ground.obj["spec"])
     before = generation_of(ground)
-    clock = _Clock()
+    clock = Clock()
     installation.apply(ground.cluster, [ground.obj])
     after = generation_of(ground)
     assert after > before, f"the spec is what it was: generation {after}"
@@ -161,10 +161,23 @@ def generation_of(ground: Ground) -> int:
     return int(json.loads(said)["metadata"]["generation"])
 
 
+def kill_stage(ground: Ground, pod: Pod) -> Fault:
+    return kill_processes(pod, pids_of(ground, pod))
+
+
+def kill_processes(pod: Pod, pids: list[int]) -> Fault:
+    """kill -9 of a stage; ``pids`` are its own, which nobody can be asked for while the API server is away."""
+    clock = Clock()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    _ended(pids)
+    return clock.fault(f"{pod.place} killed", f"processes {pids} are gone")
+
+
 def kill_operators(ground: Ground) -> Fault:
     """Every operator's process at once, so that nobody decides anything until a kubelet has started one again."""
     operators = ground.operators()
-    clock = _Clock()
+    clock = Clock()
     for pid in operators.values():
         os.kill(pid, signal.SIGKILL)
     _ended(operators.values())
@@ -172,7 +185,7 @@ def kill_operators(ground: Ground) -> Fault:
 
 
 def stop_api_server(ground: Ground) -> Fault:
-    clock = _Clock()
+    clock = Clock()
     ground.cluster.stop_service(*API_SERVER)
     try:
         ground.cluster.kubectl("get", "nodes", "--request-timeout=2s")
@@ -182,7 +195,7 @@ def stop_api_server(ground: Ground) -> Fault:
 
 
 def start_api_server(ground: Ground) -> Fault:
-    clock = _Clock()
+    clock = Clock()
     ground.cluster.start_service(*API_SERVER)
     ground.cluster.kubectl("get", "nodes", "--request-timeout=10s")
     return clock.fault("API server started", "it answers")
@@ -214,7 +227,7 @@ def _ended(pids: Iterable[int]) -> None:
     )
 
 
-def _alive(pids: Iterable[int]) -> None:
+def alive(pids: Iterable[int]) -> None:
     dead = [pid for pid in pids if not _lives(pid)]
     assert not dead, f"processes {dead} have ended"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from resilientllm_cli import tiny_model
 from resilientllm_cli.bench import command as bench_command
+from resilientllm_cli.chaos import command as chaos_command
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.local import command as local_command
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_make_tiny_model(commands)
     local_command.add_parser(commands)
     bench_command.add_parser(commands)
+    chaos_command.add_parser(commands)
     return parser
 
 

@@ -49,13 +49,16 @@ class Sampling:
     max_tokens: int = 256
     temperature: float = 0.0
     seed: int | None = None
+    salt: str | None = None
+    """Nothing of what was computed under another salt is hit in the prefix cache."""
 
     def request(self) -> dict[str, Any]:
+        salted = {} if self.salt is None else {"cache_salt": self.salt}
         return {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
-            "extra_body": {"ignore_eos": True, "return_token_ids": True},
+            "extra_body": {"ignore_eos": True, "return_token_ids": True, **salted},
         }
 
 

@@ -70,6 +70,16 @@ def api_answers(url: str) -> bool:
         return False
 
 
+def metric(url: str, name: str) -> float:
+    """The sum of a metric of an engine's API over its labels; ValueError if there is none of that name."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_SECONDS) as response:
+        lines = response.read().decode().splitlines()
+    values = [float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+    if not values:
+        raise ValueError(f"expected the metric {name} at {url}, found none")
+    return sum(values)
+
+
 def _get(url: str, headers: dict[str, str]) -> Any:
     request = urllib.request.Request(url, headers=headers)
     try:

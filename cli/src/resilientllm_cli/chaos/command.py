@@ -1,0 +1,134 @@
+"""`resilientllm chaos`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from resilientllm_api.plan import StageId
+
+from resilientllm_cli.chaos import enclosure, timeline
+from resilientllm_cli.chaos import line as lines
+from resilientllm_cli.chaos.faults import KINDS
+from resilientllm_cli.chaos.line import Line
+from resilientllm_cli.chaos.load import Phase, undisturbed
+from resilientllm_cli.chaos.matrix import SHAPES, Case, cases, worlds
+from resilientllm_cli.chaos.network import Network
+from resilientllm_cli.chaos.run import run as run_case
+from resilientllm_cli.chaos.shape import Shape
+from resilientllm_cli.chaos.world import World
+from resilientllm_cli.errors import UsageError
+from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
+
+FAILED = 1
+RUNS = 20
+RELAYED_STAGE = 1
+"""Of instance 0: the place that gets commands, hidden states and replicas."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("chaos", help="faults under load, each proven to have landed; one line of JSON each")
+    actions = parser.add_subparsers(title="of results", metavar="plot|table")
+    timeline.add_parser(actions)
+    _add_table(actions)
+    parser.add_argument("--faults", default="", metavar="KIND,…", help=f"default: all of {', '.join(KINDS)}")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", default=",".join(map(str, SHAPES)), help="instances x stages, in turns (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the first run; the next ones count on from it")
+    parser.add_argument("--for-seconds", type=float, default=float("inf"), help="begin no run after that")
+    parser.add_argument("--resume", action="store_true", help="leave out what the output has already")
+    parser.add_argument("--output", type=Path, default=Path("build/chaos.jsonl"), help="lines are appended")
+    parser.add_argument("--directory", type=Path, default=Path("build/chaos"), help="timelines and logs")
+    parser.set_defaults(run=run)
+
+
+def _add_table(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser("table", help="figures of each kind, in markdown")
+    parser.add_argument("file", type=Path, nargs="?", default=Path("build/chaos.jsonl"))
+    parser.set_defaults(run=_print_table)
+
+
+def _print_table(arguments: argparse.Namespace) -> int:
+    try:
+        print(lines.table(lines.read(arguments.file.read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{arguments.file} must have lines of chaos: {error}") from error
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 1 when a run had a problem."""
+    shapes = [Shape.parse(text) for text in arguments.shapes.split(",")]
+    names = arguments.faults.split(",") if arguments.faults else list(KINDS)
+    if unknown := [name for name in names if name not in KINDS]:
+        raise UsageError(f"unknown faults {', '.join(unknown)}: expected some of {', '.join(KINDS)}")
+    wanted = cases([KINDS[name] for name in names], shapes, arguments.runs, arguments.seed)
+    if arguments.resume and arguments.output.exists():
+        done = {(each["fault"], each["shape"], each["seed"]) for each in lines.read(arguments.output.read_text())}
+        wanted = [case for case in wanted if case.key not in done]
+    enclosure.enter(sys.argv[2:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    problems = _run_all(wanted, arguments.output, arguments.directory, time.monotonic() + arguments.for_seconds)
+    return FAILED if problems else 0
+
+
+def _run_all(wanted: Sequence[Case], output: Path, directory: Path, deadline: float) -> int:
+    """Returns how many runs had a problem."""
+    directory.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    problems = 0
+    with tempfile.TemporaryDirectory(prefix="rllm-") as folder:
+        model, disk = Path(folder) / "tiny", Path(folder) / "disk"
+        disk.mkdir()
+        write_tiny_model(model, TinyModel())
+        network = Network()
+        for shape, relayed, group in worlds(wanted):
+            left = list(group)
+            while left and time.monotonic() < deadline:
+                behind = StageId(instance=0, stage=min(RELAYED_STAGE, shape.stages - 1)) if relayed else None
+                logs = directory / "logs" / f"{shape}{'-relayed' * relayed}"
+                with World(shape, model, network, disk, logs, behind) as world:
+                    left, failed = _run_in(world, left, output, directory, deadline)
+                    problems += failed
+    return problems
+
+
+def _run_in(
+    world: World, wanted: Sequence[Case], output: Path, directory: Path, deadline: float
+) -> tuple[list[Case], int]:
+    """Until all are done, or the world cannot be used any more. Returns what is left, and how many had a problem."""
+    urls = {instance: world.url(instance) for instance in range(world.shape.instances)}
+    expected = {phase: undisturbed(urls, phase) for phase in Phase}
+    problems = 0
+    for number, case in enumerate(wanted, start=1):
+        if time.monotonic() > deadline:
+            return [], problems
+        began = time.monotonic()
+        outcome = run_case(world, case.kind, case.seed, expected)
+        problems += bool(outcome.line.problems)
+        with output.open("a") as file:
+            file.write(outcome.line.to_json() + "\n")
+        document = {"line": json.loads(outcome.line.to_json()), "timeline": outcome.timeline}
+        (directory / f"{case.kind.name}-{case.shape}-{case.seed}.json").write_text(json.dumps(document))
+        _say(outcome.line, time.monotonic() - began)
+        if not outcome.whole:
+            return list(wanted[number:]), problems
+    return [], problems
+
+
+def _say(line: Line, seconds: float) -> None:
+    figures = ", ".join(
+        f"{name} {value:.3f} s"
+        for name, value in (("detected after", line.detection_seconds), ("stall", line.stall_seconds))
+        if value is not None
+    )
+    verdict = "; ".join(line.problems) or "held"
+    print(f"{line.fault} {line.shape} seed {line.seed} in {seconds:.1f} s: {figures}: {verdict}", flush=True)

@@ -1,0 +1,30 @@
+"""Bytes that arrive changed, or not all of them. The relay is in the path to one stage (``relay.py``)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from resilientllm_cli.chaos.relay import Spoil
+from resilientllm_cli.chaos.scene import Kind, Scene
+
+TRAFFIC_SECONDS = 10.0
+
+
+def spoil(scene: Scene, truncate: bool) -> None:
+    relay = scene.world.relay
+    if relay is None:
+        raise RuntimeError("expected a world with a relay")
+    ways = [("commands", True), ("commands", False), ("replicas", True)]
+    if scene.victim.stage > 0:
+        ways += [("link", True)] * 3  # where most bytes are
+    carries, inbound = scene.random.choice(ways)
+    scene.strike()
+    evidence = relay.spoil(Spoil(carries, inbound, truncate, scene.random.random()), TRAFFIC_SECONDS)
+    scene.strike()
+    scene.landed = evidence
+
+
+KINDS = (
+    Kind("frame-corrupt", partial(spoil, truncate=False), relayed=True),
+    Kind("frame-truncated", partial(spoil, truncate=True), relayed=True),
+)

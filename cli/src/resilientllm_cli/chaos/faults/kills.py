@@ -1,0 +1,105 @@
+"""kill -9 of stages, by what they are at that moment."""
+
+from __future__ import annotations
+
+import time
+
+from resilientllm_api.engine_state import EngineState
+from resilientllm_api.plan import StageId
+
+from resilientllm_cli.chaos.scene import Kind, Scene
+from resilientllm_cli.chaos.shape import Shape
+from resilientllm_cli.local.layout import stage_name
+
+DONOR_SECONDS = 30.0
+LONGEST_RECOVERY_SECONDS = 0.15
+"""The second kill comes within so long of the first: detection and re-stitch take about that."""
+
+
+def kill(scene: Scene) -> None:
+    scene.strike()
+    scene.landed = scene.world.processes.kill(scene.name)
+
+
+def first(shape: Shape) -> list[StageId]:
+    return [each for each in shape.stage_ids() if each.stage == 0]
+
+
+def middle(shape: Shape) -> list[StageId]:
+    return [each for each in shape.stage_ids() if 0 < each.stage < shape.stages - 1]
+
+
+def last(shape: Shape) -> list[StageId]:
+    return [each for each in shape.stage_ids() if each.stage == shape.stages - 1]
+
+
+def served_by(state: EngineState, place: int) -> StageId | None:
+    return state.stages[place].served_by if state.stages else None
+
+
+def lose_own(scene: Scene) -> None:
+    """The victim's own stage is gone for the whole run, and a donor stands in."""
+    lost = scene.victim
+    scene.undo.enter_context(scene.world.processes.held(stage_name(lost)))
+    scene.world.processes.kill(stage_name(lost))
+
+    def donor_serves(state: EngineState) -> bool:
+        return state.serving and served_by(state, lost.stage) not in (None, lost)
+
+    scene.wait_state(lost.instance, donor_serves, "a donor to stand in", DONOR_SECONDS)
+
+
+def kill_donor(scene: Scene) -> None:
+    lost = scene.victim
+    donor = served_by(scene.state(lost.instance), lost.stage)
+    if donor is None or donor == lost:
+        raise RuntimeError(f"expected a donor at {lost}, found {donor}")
+    scene.donor_exists = scene.shape.instances > 2
+    scene.strike()
+    scene.landed = {"donor": str(donor), "of": str(lost), **scene.world.processes.kill(stage_name(donor))}
+
+
+def kill_keeper(scene: Scene) -> None:
+    place = scene.victim
+    keeper = scene.state(place.instance).replication[place.stage].kept_by
+    if keeper is None:
+        raise RuntimeError(f"expected a keeper of {place}, found none")
+    scene.strike()
+    scene.landed = {"keeper": str(keeper), "of": str(place), **scene.world.processes.kill(stage_name(keeper))}
+
+
+def kill_two(scene: Scene) -> None:
+    other = scene.another_place(scene.victim)
+    scene.donor_exists = scene.shape.instances > 2 or other.stage != scene.victim.stage
+    scene.strike()
+    one = scene.world.processes.kill(scene.name)
+    two = scene.world.processes.kill(stage_name(other))
+    scene.landed = {str(scene.victim): one, str(other): two}
+
+
+def kill_second(scene: Scene) -> None:
+    """Either the one that is about to stand in, or another one of the same pipeline."""
+    victim = scene.victim
+    keeper = scene.state(victim.instance).replication[victim.stage].kept_by
+    others = [each for each in scene.shape.stage_ids() if each.instance == victim.instance and each != victim]
+    donor = keeper is not None and scene.random.random() < 0.5
+    second = keeper if keeper is not None and donor else scene.random.choice(others)
+    scene.donor_exists = scene.shape.instances > 2 or not donor
+    scene.strike()
+    began = time.monotonic()
+    one = scene.world.processes.kill(scene.name)
+    time.sleep(scene.random.uniform(0.0, LONGEST_RECOVERY_SECONDS))
+    after = time.monotonic() - began
+    two = scene.world.processes.kill(stage_name(second))
+    scene.landed = {str(victim): one, str(second): two, "seconds_between": round(after, 4)}
+
+
+KINDS = (
+    Kind("kill-first", kill, places=first),
+    Kind("kill-middle", kill, places=middle),
+    Kind("kill-last", kill, places=last),
+    Kind("kill-donor", kill_donor, prepare=lose_own),
+    Kind("kill-keeper", kill_keeper),
+    Kind("kill-two", kill_two),
+    Kind("kill-second", kill_second),
+)

@@ -1,0 +1,238 @@
+"""One run: load, the fault at a moment of chance, every stream compared, the world whole again, nothing leaked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from random import Random
+from typing import Any
+
+from resilientllm_api.engine_state import Recovery, RecoveryKind
+
+from resilientllm_cli.chaos import leaks
+from resilientllm_cli.chaos.line import Line
+from resilientllm_cli.chaos.load import TOKENS, Load, Phase, Sent, Undisturbed
+from resilientllm_cli.chaos.scene import Kind, Scene
+from resilientllm_cli.chaos.world import World
+from resilientllm_cli.comparison import Tokens, compare, stall_seconds
+
+WHOLE_SECONDS = 90.0
+LATEST = 0.6
+"""The fault comes before this fraction of a stream's tokens, so that enough of it is left."""
+EXPLICIT = "Send the request again"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When the fault comes, by chance."""
+
+    phase: Phase
+    tokens: int
+    """In decode: when the victim's instance has given so many to one of its clients."""
+    delay_seconds: float
+    """In prefill: so long after the requests were sent."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    line: Line
+    timeline: dict[str, Any]
+    """Tokens of each stream over time, for a picture."""
+    whole: bool
+    """The world can be used again."""
+
+
+def choose_moment(random: Random, undisturbed: Mapping[Phase, Undisturbed], instance: int) -> Moment:
+    phase = random.choice(list(Phase))
+    tokens = random.randrange(1, int(TOKENS[phase] * LATEST))
+    slowest = max(undisturbed[phase].first_token_seconds[instance])
+    return Moment(phase, tokens, random.uniform(0.0, slowest))
+
+
+def run(world: World, kind: Kind, seed: int, undisturbed: Mapping[Phase, Undisturbed]) -> Outcome:
+    """Never raises for what the fault did: that is in the line."""
+    random = Random(f"{kind.name} {world.shape} {seed}")
+    places = [world.relayed] if kind.relayed and world.relayed is not None else kind.places(world.shape)
+    scene = Scene(world, random, random.choice(places))
+    moment = choose_moment(random, undisturbed, scene.victim.instance)
+    world.wait_whole(WHOLE_SECONDS)
+    before = leaks.look(world)
+    problems: list[str] = []
+    load = Load()
+    totals: dict[int, int] = {}
+    with scene.undo:
+        try:
+            kind.prepare(scene)
+            totals = {i: scene.state(i).recoveries_total for i in range(world.shape.instances)}
+            asyncio.run(_under_load(scene, kind, moment, load, f"{kind.name} {seed} {time.monotonic_ns()}"))
+        except (OSError, RuntimeError, TimeoutError) as error:
+            problems.append(f"not injected as meant: {error}")
+    ended = time.monotonic()
+    recoveries = _recoveries(world, totals)
+    whole_after, leaked = None, {}
+    try:
+        whole_after = round(world.wait_whole(WHOLE_SECONDS), 3)
+        found = leaks.settled(before, lambda: leaks.look(world))
+        leaked = asdict(found)
+        problems += found.problems()
+    except TimeoutError as error:
+        problems.append(str(error))
+    line = judge(scene, kind, seed, moment, load.sent, undisturbed[moment.phase], recoveries, ended, problems)
+    line = replace(line, whole_after_seconds=whole_after, leaks=leaked)
+    return Outcome(line, _timeline(scene, load.sent, recoveries), whole_after is not None)
+
+
+async def _under_load(scene: Scene, kind: Kind, moment: Moment, load: Load, salt: str) -> None:
+    reached = asyncio.Event()
+
+    def on_token(sent: Sent) -> None:
+        if sent.instance == scene.victim.instance and len(sent.stream.tokens) >= moment.tokens:
+            reached.set()
+
+    load.on_token = on_token
+    urls = {instance: scene.world.url(instance) for instance in range(scene.shape.instances)}
+    streaming = asyncio.create_task(load.run(urls, moment.phase, salt))
+    if moment.phase is Phase.PREFILL:
+        await asyncio.sleep(moment.delay_seconds)
+    else:
+        waiting = asyncio.create_task(reached.wait())
+        await asyncio.wait({streaming, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+    try:
+        # In a thread: the streams must go on being read.
+        await asyncio.to_thread(kind.inject, scene)
+    finally:
+        await streaming
+
+
+def judge(
+    scene: Scene,
+    kind: Kind,
+    seed: int,
+    moment: Moment,
+    sent: Sequence[Sent],
+    undisturbed: Undisturbed,
+    recoveries: Mapping[int, Sequence[Recovery]],
+    ended_seconds: float,
+    problems: Sequence[str] = (),
+) -> Line:
+    found = list(problems)
+    tokens = Tokens()
+    explicit = otherwise = 0
+    for each in sent:
+        expected, got = undisturbed.tokens[each.instance][each.stream.index], each.stream.tokens
+        if each.stream.error and EXPLICIT in each.stream.error:
+            explicit += 1
+            tokens += compare(expected[: len(got)], got)
+            continue
+        if each.stream.error:
+            otherwise += 1
+            found.append(f"stream {each.stream.index} of engine {each.instance}: {each.stream.error}")
+        tokens += compare(expected, got)
+    at = scene.at_seconds
+    met = [each for each in sent if at is not None and not _over(each, at)]
+    stalls = [round(_stall(each, undisturbed, at, ended_seconds), 4) for each in met if at is not None]
+    lost = [each for of in recoveries.values() for each in of if each.kind is RecoveryKind.BORROW]
+    detection = min((each.detected_at.timestamp() - scene.at_wall for each in lost), default=None)
+    if not scene.landed:
+        found.append("the fault did not land")
+    if not met:
+        found.append("no stream was met")
+    found += [
+        f"{name}: {count}"
+        for name, count in (("lost", tokens.lost), ("duplicated", tokens.duplicated), ("changed", tokens.changed))
+        if count
+    ]
+    if explicit and scene.donor_exists:
+        found.append(f"{explicit} requests failed though there was a donor")
+    if lost and not kind.loses:
+        found.append(f"suspected without reason: {lost[0].reason}")
+    return Line(
+        fault=kind.name,
+        shape=str(scene.shape),
+        seed=seed,
+        landed=scene.landed,
+        phase=moment.phase,
+        victim=str(scene.victim),
+        prompts_without_token=sum(
+            at is not None and not (each.stream.arrivals_seconds and each.stream.arrivals_seconds[0] <= at)
+            for each in sent
+        ),
+        streams_met=len(met),
+        lost=tokens.lost,
+        duplicated=tokens.duplicated,
+        changed=tokens.changed,
+        failed_explicitly=explicit,
+        failed_otherwise=otherwise,
+        donor_existed=scene.donor_exists,
+        detection_seconds=None if detection is None else round(detection, 4),
+        stall_seconds=max(stalls, default=None),
+        stalls_seconds=tuple(stalls),
+        recoveries=tuple(
+            {
+                "instance": instance,
+                "kind": each.kind,
+                "reason": each.reason,
+                "places": each.stages,
+                "after_seconds": round(each.detected_at.timestamp() - scene.at_wall, 4),
+                "phases_ms": each.phases_ms,
+            }
+            for instance, of in recoveries.items()
+            for each in of
+        ),
+        problems=tuple(found),
+    )
+
+
+def _over(sent: Sent, at_seconds: float) -> bool:
+    return sent.stream.complete and sent.stream.arrivals_seconds[-1] <= at_seconds
+
+
+def _stall(sent: Sent, undisturbed: Undisturbed, at_seconds: float, ended_seconds: float) -> float:
+    """What the fault added to the longest wait: between tokens, or for the first one. One that never came to its end
+    has waited for as long as it was watched."""
+    arrivals = sent.stream.arrivals_seconds
+    if not sent.stream.complete:
+        arrivals = [*arrivals, ended_seconds]
+    first = arrivals[0] - sent.sent_seconds - undisturbed.first_token_seconds[sent.instance][sent.stream.index]
+    between = stall_seconds(arrivals, at_seconds) if len(arrivals) > 1 else 0.0
+    return max(between, first if arrivals[0] > at_seconds else 0.0, 0.0)
+
+
+def _recoveries(world: World, totals: Mapping[int, int]) -> dict[int, Sequence[Recovery]]:
+    """Those that came since; an engine remembers ten."""
+    found: dict[int, Sequence[Recovery]] = {}
+    for instance, total in totals.items():
+        state = world.engine_state(instance)
+        if state is not None and state.recoveries_total > total:
+            found[instance] = state.recoveries[-min(state.recoveries_total - total, len(state.recoveries)) :]
+    return found
+
+
+def _timeline(scene: Scene, sent: Sequence[Sent], recoveries: Mapping[int, Sequence[Recovery]]) -> dict[str, Any]:
+    at = scene.at_seconds if scene.at_seconds is not None else time.monotonic()
+    return {
+        "streams": [
+            {
+                "instance": each.instance,
+                "index": each.stream.index,
+                "asked": len(each.stream.tokens),
+                "arrivals": [round(arrival - at, 4) for arrival in each.stream.arrivals_seconds],
+            }
+            for each in sent
+        ],
+        "recoveries": [
+            {
+                "instance": instance,
+                "kind": each.kind,
+                "reason": each.reason,
+                "places": each.stages,
+                "detected": round(each.detected_at.timestamp() - scene.at_wall, 4),
+                "phases_ms": each.phases_ms,
+            }
+            for instance, of in recoveries.items()
+            for each in of
+        ],
+    }

@@ -1,0 +1,81 @@
+"""`resilientllm chaos plot`: tokens of each stream over time around a fault, with the phases of the recovery."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resilientllm_cli.errors import UsageError
+
+COLOURS = ("#1b7837", "#5e3c99", "#2166ac")
+"""By instance."""
+PHASES = {"wait": "#bdbdbd", "fence": "#d73027", "stitch": "#fdae61", "resume": "#abd9e9"}
+BEFORE_SECONDS, AFTER_SECONDS = 0.5, 1.5
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("plot", help="draw timelines of runs")
+    parser.add_argument("files", type=Path, nargs="+", help="what a run wrote beside its line")
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/chaos"), help="folder (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for file in arguments.files:
+        try:
+            document = json.loads(file.read_text())
+            draw(document, arguments.output / f"{document['line']['fault']}.svg")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file} must be the timeline of a run: {error}") from error
+    return 0
+
+
+def draw(document: Mapping[str, Any], output: Path) -> None:
+    """``output``'s ending says the format. Raises UsageError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("plots need matplotlib: install resilientllm[plot]") from error
+    line, timeline = document["line"], document["timeline"]
+    # The same run gives the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "resilientllm", "font.size": 9}):
+        figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+        axes = figure.subplots()
+        told: set[str] = set()
+
+        def once(label: str) -> str | None:
+            if label in told:
+                return None
+            told.add(label)
+            return label
+
+        for stream in timeline["streams"]:
+            arrivals = stream["arrivals"]
+            axes.plot(
+                arrivals,
+                range(1, len(arrivals) + 1),
+                drawstyle="steps-post",
+                linewidth=1,
+                color=COLOURS[stream["instance"] % len(COLOURS)],
+                label=once(f"streams of instance {stream['instance']}"),
+            )
+        for recovery in timeline["recoveries"]:
+            start = recovery["detected"]
+            axes.axvline(start, color="black", linewidth=0.7, linestyle=":", label=once("detected, or decided"))
+            for phase, colour in PHASES.items():
+                seconds = recovery["phases_ms"].get(phase, 0.0) / 1000
+                axes.axvspan(start, start + seconds, color=colour, alpha=0.5, linewidth=0, label=once(phase))
+                start += seconds
+        axes.axvline(0.0, color="#d73027", linewidth=1.2, label="fault")
+        end = max([recovery["detected"] for recovery in timeline["recoveries"]] + [line["stall_seconds"] or 0.0])
+        axes.set_xlim(-BEFORE_SECONDS, end + AFTER_SECONDS)
+        axes.set_xlabel("seconds since the fault")
+        axes.set_ylabel("tokens of each stream")
+        axes.set_title(f"{line['fault']} of stage {line['victim']}, {line['shape']}, in {line['phase']}", fontsize=9)
+        figure.legend(fontsize=7, loc="outside right upper")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)

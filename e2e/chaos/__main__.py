@@ -1,0 +1,116 @@
+"""`python -m e2e.chaos`: faults on a real cluster under load; a line of JSON each, in the file of `resilientllm chaos`.
+
+Exit status 1 when a run had a problem. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+from resilientllm_cli.chaos.line import Line
+
+from e2e.chaos.kinds import KINDS, ClusterKind
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.launch import REPOSITORY
+from e2e.demo import installation
+from e2e.scenarios.ground import Ground
+from e2e.scenarios.scenario import Scenario
+
+WHOLE_SECONDS = 240.0
+LONGEST_WAIT_SECONDS = 3.0
+"""Faults come at any moment of the streams, which go on and on."""
+SHAPE = "2x2"
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    names = arguments.faults.split(",") if arguments.faults else list(KINDS)
+    deadline = time.monotonic() + arguments.for_seconds
+    problems = 0
+    with tempfile.TemporaryDirectory() as folder:
+        ground = Ground(installation.open_to_all(Path(folder)))
+        try:
+            ground.make()
+            for number in range(arguments.runs):
+                for name in names:
+                    if time.monotonic() > deadline:
+                        return int(problems > 0)
+                    line = run(ground, KINDS[name], arguments.seed + number)
+                    problems += bool(line.problems)
+                    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                    with arguments.output.open("a") as file:
+                        file.write(line.to_json() + "\n")
+                    print(f"{name} seed {line.seed}: {'; '.join(line.problems) or 'held'}", flush=True)
+        finally:
+            ground.down()
+    return int(problems > 0)
+
+
+def run(ground: Ground, kind: ClusterKind, seed: int) -> Line:
+    """The victim is a stage alone on its node: whoever ends the node ends exactly one."""
+    random = Random(f"{kind.name} {seed}")
+    scenario = Scenario(ground, f"chaos/{kind.name}-{seed}", ground.whole())
+    pod = random.choice(sorted(scenario.before.alone, key=lambda each: each.place))
+    problems: list[str] = []
+    whole: float | None = None
+    try:
+        scenario.start_load()
+        time.sleep(random.uniform(0.0, LONGEST_WAIT_SECONDS))
+        kind.inject(scenario, pod, random)
+        look = scenario.until_whole(WHOLE_SECONDS, moves=kind.moves)
+        whole = round(look.at_seconds - scenario.first_fault.at_seconds, 1)
+        scenario.judge()
+    except (ClusterError, AssertionError, OSError) as error:
+        problems.append(str(error))
+        scenario.keep_evidence(str(error))
+    finally:
+        scenario.close()
+    return judged(scenario, kind, seed, pod.place, whole, problems)
+
+
+def judged(
+    scenario: Scenario, kind: ClusterKind, seed: int, victim: str, whole: float | None, problems: list[str]
+) -> Line:
+    verdict, told = scenario.verdict, scenario.line("")
+    recoveries = tuple(told["recoveries"])
+    borrowed = [each for each in recoveries if each["kind"] == "Borrow"]
+    stalls = [verdict.worst_stall_seconds] if verdict is not None else []
+    return Line(
+        fault=kind.name,
+        shape=SHAPE,
+        seed=seed,
+        landed={each.what: each.evidence for each in scenario.faults},
+        phase="any",
+        victim=victim,
+        streams_met=verdict.met if verdict is not None else 0,
+        lost=verdict.tokens.lost if verdict is not None else 0,
+        duplicated=verdict.tokens.duplicated if verdict is not None else 0,
+        changed=verdict.tokens.changed if verdict is not None else 0,
+        detection_seconds=min((each["after_seconds"] for each in borrowed), default=None),
+        stall_seconds=max(stalls, default=None),
+        stalls_seconds=tuple(stalls),
+        recoveries=recoveries,
+        whole_after_seconds=whole,
+        problems=(*problems, *(verdict.problems if verdict is not None else ("nothing was compared",))),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m e2e.chaos", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--faults", default="", metavar="KIND,…", help=f"default: all of {', '.join(KINDS)}")
+    parser.add_argument("--runs", type=int, default=20, help="of each kind (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the first run")
+    parser.add_argument("--for-seconds", type=float, default=float("inf"), help="begin no run after that")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "chaos.jsonl")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
