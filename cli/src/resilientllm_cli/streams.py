@@ -86,10 +86,14 @@ async def run_stream(
     sampling: Sampling,
     stream: Stream,
     on_token: OnToken = _ignore,
+    pause_seconds: float = 0.0,
 ) -> Stream:
-    """One completion, appended to ``stream``. A failure is a result: it is not raised, but written to ``error``."""
+    """One completion, appended to ``stream``. A failure is a result: it is not raised, but written to ``error``.
+
+    ``pause_seconds``: of a client that reads slowly, after every chunk.
+    """
     try:
-        await _receive(client, model, prompt, sampling, stream, on_token)
+        await _receive(client, model, prompt, sampling, stream, on_token, pause_seconds)
     except (openai.OpenAIError, OSError, EOFError) as error:
         stream.error = f"{type(error).__name__}: {error}"
     else:
@@ -101,7 +105,13 @@ async def run_stream(
 
 
 async def _receive(
-    client: openai.AsyncOpenAI, model: str, prompt: Prompt, sampling: Sampling, stream: Stream, on_token: OnToken
+    client: openai.AsyncOpenAI,
+    model: str,
+    prompt: Prompt,
+    sampling: Sampling,
+    stream: Stream,
+    on_token: OnToken,
+    pause_seconds: float,
 ) -> None:
     chunks: Any = await client.completions.create(
         model=model, prompt=prompt if isinstance(prompt, str) else list(prompt), stream=True, **sampling.request()
@@ -117,6 +127,8 @@ async def _receive(
             stream.text += choice.text
             stream.finish_reason = choice.finish_reason or stream.finish_reason
             on_token(stream)
+        if pause_seconds:
+            await asyncio.sleep(pause_seconds)
 
 
 async def run_streams(

@@ -20,6 +20,7 @@ from resilientllm_cli.chaos.line import Line
 from resilientllm_cli.chaos.load import Phase, undisturbed
 from resilientllm_cli.chaos.matrix import SHAPES, Case, cases, worlds
 from resilientllm_cli.chaos.network import Network
+from resilientllm_cli.chaos.network import run as run_program
 from resilientllm_cli.chaos.run import run as run_case
 from resilientllm_cli.chaos.shape import Shape
 from resilientllm_cli.chaos.world import World
@@ -89,6 +90,7 @@ def _run_all(wanted: Sequence[Case], output: Path, directory: Path, deadline: fl
         model, disk = Path(folder) / "tiny", Path(folder) / "disk"
         disk.mkdir()
         write_tiny_model(model, TinyModel())
+        run_program("mount", "-t", "tmpfs", "none", "/dev/shm")
         network = Network()
         for shape, relayed, group in worlds(wanted):
             left = list(group)

@@ -4,17 +4,20 @@ tokens are learnt once. A salt keeps runs out of each other's prefix cache."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from resilientllm_cli.streams import Sampling, Stream, connect, model_name, run_stream
 
 STREAMS = 4
 """To each engine."""
-BOUND_SECONDS = 100.0
+BOUND_SECONDS = 60.0
 """For all streams of a run; longer than a request waits for a donor."""
+SLOW_SECONDS = 0.05
+"""Between two chunks that a slow reader takes; a step takes a tenth of it."""
 
 
 class Phase(StrEnum):
@@ -41,6 +44,8 @@ class Sent:
     stream: Stream
     """Its index: that of the ask."""
     sent_seconds: float = 0.0
+    left: bool = False
+    """Its client has gone."""
 
 
 @dataclass(frozen=True)
@@ -63,37 +68,65 @@ def asks(instance: int, phase: Phase) -> list[Ask]:
     ]
 
 
-@dataclass
 class Load:
-    """The streams of one run, growing while it goes on."""
+    """The streams of one run, growing while it goes on. `more` and `leave` may be called by any thread."""
 
-    sent: list[Sent] = field(default_factory=list)
-    on_token: Callable[[Sent], None] = lambda sent: None
+    def __init__(self, on_token: Callable[[Sent], None] = lambda sent: None, reads_slowly: bool = False) -> None:
+        self.sent: list[Sent] = []
+        self._on_token = on_token
+        self._pause_seconds = SLOW_SECONDS if reads_slowly else 0.0
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        """By the place of a stream in ``sent``."""
 
     async def run(self, urls: Mapping[int, str], phase: Phase, salt: str) -> None:
         """Returns when all streams have ended, or are given up."""
-        self.sent += [Sent(instance, Stream(index)) for instance in urls for index in range(STREAMS)]
-        await asyncio.gather(*(self._to_engine(instance, url, phase, salt) for instance, url in urls.items()))
+        self._loop = asyncio.get_running_loop()
+        self._phase, self._salt = phase, salt
+        async with contextlib.AsyncExitStack() as stack:
+            self._clients = {instance: await stack.enter_async_context(connect(url)) for instance, url in urls.items()}
+            self._model = await model_name(next(iter(self._clients.values())))
+            for instance in urls:
+                self._begin(instance, STREAMS)
+            while running := [task for task in self._tasks.values() if not task.done()]:
+                await asyncio.wait(running)
 
-    async def _to_engine(self, instance: int, url: str, phase: Phase, salt: str) -> None:
-        async with connect(url) as client:
-            model = await model_name(client)
+    def more(self, instance: int, count: int) -> None:
+        """As many more streams to an engine, of the same prompts again and again."""
+        self._loop.call_soon_threadsafe(self._begin, instance, count)
 
-            async def one(sent: Sent, ask: Ask) -> None:
-                sent.sent_seconds = time.monotonic()
-                sampling = replace(ask.sampling, salt=salt)
+    def leave(self, instance: int) -> int:
+        """Every second client of an engine disconnects; how many these are."""
+        chosen = [place for place, sent in enumerate(self.sent) if sent.instance == instance and not sent.left][::2]
+        for place in chosen:
+            self.sent[place].left = True
+            self._loop.call_soon_threadsafe(self._tasks[place].cancel)
+        return len(chosen)
 
-                def told(stream: Stream) -> None:
-                    self.on_token(sent)
+    def _begin(self, instance: int, count: int) -> None:
+        wanted = asks(instance, self._phase)
+        for number in range(count):
+            sent = Sent(instance, Stream(number % STREAMS), time.monotonic())
+            self._tasks[len(self.sent)] = self._loop.create_task(self._one(sent, wanted[sent.stream.index]))
+            self.sent.append(sent)
 
-                try:
-                    async with asyncio.timeout(BOUND_SECONDS):
-                        await run_stream(client, model, ask.prompt, sampling, sent.stream, told)
-                except TimeoutError:
-                    sent.stream.error = f"unfinished after {BOUND_SECONDS:g} s"
-
-            mine = [sent for sent in self.sent if sent.instance == instance]
-            await asyncio.gather(*(one(sent, ask) for sent, ask in zip(mine, asks(instance, phase), strict=True)))
+    async def _one(self, sent: Sent, ask: Ask) -> None:
+        sampling = replace(ask.sampling, salt=self._salt)
+        try:
+            async with asyncio.timeout(BOUND_SECONDS):
+                await run_stream(
+                    self._clients[sent.instance],
+                    self._model,
+                    ask.prompt,
+                    sampling,
+                    sent.stream,
+                    lambda stream: self._on_token(sent),
+                    self._pause_seconds,
+                )
+        except TimeoutError:
+            sent.stream.error = f"unfinished after {BOUND_SECONDS:g} s"
+        except asyncio.CancelledError:
+            if not sent.left:
+                raise
 
 
 def undisturbed(urls: Mapping[int, str], phase: Phase) -> Undisturbed:

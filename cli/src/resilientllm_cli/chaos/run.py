@@ -60,17 +60,15 @@ def run(world: World, kind: Kind, seed: int, undisturbed: Mapping[Phase, Undistu
     world.wait_whole(WHOLE_SECONDS)
     before = leaks.look(world)
     problems: list[str] = []
-    load = Load()
     totals: dict[int, int] = {}
     with scene.undo:
         try:
             kind.prepare(scene)
             totals = {i: scene.state(i).recoveries_total for i in range(world.shape.instances)}
-            asyncio.run(_under_load(scene, kind, moment, load, f"{kind.name} {seed} {time.monotonic_ns()}"))
+            asyncio.run(_under_load(scene, kind, moment, f"{kind.name} {seed} {time.monotonic_ns()}"))
         except (OSError, RuntimeError, TimeoutError) as error:
             problems.append(f"not injected as meant: {error}")
     ended = time.monotonic()
-    recoveries = _recoveries(world, totals)
     whole_after, leaked = None, {}
     try:
         whole_after = round(world.wait_whole(WHOLE_SECONDS), 3)
@@ -79,19 +77,20 @@ def run(world: World, kind: Kind, seed: int, undisturbed: Mapping[Phase, Undistu
         problems += found.problems()
     except TimeoutError as error:
         problems.append(str(error))
-    line = judge(scene, kind, seed, moment, load.sent, undisturbed[moment.phase], recoveries, ended, problems)
+    recoveries = _recoveries(world, totals)
+    line = judge(scene, kind, seed, moment, scene.load.sent, undisturbed[moment.phase], recoveries, ended, problems)
     line = replace(line, whole_after_seconds=whole_after, leaks=leaked)
-    return Outcome(line, _timeline(scene, load.sent, recoveries), whole_after is not None)
+    return Outcome(line, _timeline(scene, scene.load.sent, recoveries), whole_after is not None)
 
 
-async def _under_load(scene: Scene, kind: Kind, moment: Moment, load: Load, salt: str) -> None:
+async def _under_load(scene: Scene, kind: Kind, moment: Moment, salt: str) -> None:
     reached = asyncio.Event()
 
     def on_token(sent: Sent) -> None:
         if sent.instance == scene.victim.instance and len(sent.stream.tokens) >= moment.tokens:
             reached.set()
 
-    load.on_token = on_token
+    scene.load = load = Load(on_token, kind.reads_slowly)
     urls = {instance: scene.world.url(instance) for instance in range(scene.shape.instances)}
     streaming = asyncio.create_task(load.run(urls, moment.phase, salt))
     if moment.phase is Phase.PREFILL:
@@ -123,6 +122,9 @@ def judge(
     explicit = otherwise = 0
     for each in sent:
         expected, got = undisturbed.tokens[each.instance][each.stream.index], each.stream.tokens
+        if each.left:
+            tokens += compare(expected[: len(got)], got)
+            continue
         if each.stream.error and EXPLICIT in each.stream.error:
             explicit += 1
             tokens += compare(expected[: len(got)], got)
@@ -132,7 +134,7 @@ def judge(
             found.append(f"stream {each.stream.index} of engine {each.instance}: {each.stream.error}")
         tokens += compare(expected, got)
     at = scene.at_seconds
-    met = [each for each in sent if at is not None and not _over(each, at)]
+    met = [each for each in sent if at is not None and not each.left and not _over(each, at)]
     stalls = [round(_stall(each, undisturbed, at, ended_seconds), 4) for each in met if at is not None]
     lost = [each for of in recoveries.values() for each in of if each.kind is RecoveryKind.BORROW]
     detection = min((each.detected_at.timestamp() - scene.at_wall for each in lost), default=None)

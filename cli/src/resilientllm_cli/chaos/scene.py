@@ -11,6 +11,7 @@ from random import Random
 from resilientllm_api.engine_state import EngineState
 from resilientllm_api.plan import StageId
 
+from resilientllm_cli.chaos.load import Load
 from resilientllm_cli.chaos.shape import Shape
 from resilientllm_cli.chaos.world import World
 from resilientllm_cli.local.layout import stage_name
@@ -21,6 +22,7 @@ class Scene:
     world: World
     random: Random
     victim: StageId
+    load: Load = field(default_factory=Load)
     landed: dict[str, object] = field(default_factory=dict)
     """The evidence that the fault happened; empty as long as there is none."""
     at_seconds: float | None = None
@@ -80,5 +82,7 @@ class Kind:
     """Before the streams begin."""
     loses: bool = True
     """False: nothing is lost, and a recovery would be a false alarm."""
+    reads_slowly: bool = False
+    """Of the clients."""
     relayed: bool = False
     """Needs a world with a relay; the victim is the stage behind it."""

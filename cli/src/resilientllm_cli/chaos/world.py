@@ -105,7 +105,11 @@ class World:
                 stack.enter_context(self.network.redirected(host, STAGE_PORT, RELAY_PORT))
             of_children = environment.of_children(os.environ, self.layout, gpu=False)
             # vLLM's EngineCore is forked off its API server, which spares its imports, too.
-            of_children |= {"VLLM_WORKER_MULTIPROC_METHOD": "fork", **clock.preload(self.disk)}
+            of_children |= {
+                "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+                "TMPDIR": str(self.disk),
+                **clock.preload(self.disk),
+            }
             self.processes = Processes(self._starts(of_children), IMPORTED, of_children, self.files.log("zygote"))
             stack.enter_context(self.processes)
             self.wait_whole(WHOLE_SECONDS)

@@ -19,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def _become(start: dict[str, Any]) -> Callable[[], object]:
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(start["environment"])
+    tempfile.tempdir = None  # an import may have asked for it, and TMPDIR is another now
     sys.argv = start["arguments"]
     if (clock := start.get("clock")) is not None:
         ctypes.CDLL(None).chaos_clock_use(os.fsencode(clock))
