@@ -121,6 +121,16 @@ async def load_all(cluster: LocalCluster, streams: int, seconds: float) -> list[
     return await asyncio.gather(*loads)
 
 
+def watch_pace(cluster: LocalCluster, over: Event, found: dict[str, str]) -> None:
+    """Note every stage that is said to be slow."""
+    while not over.wait(1.0):
+        for instance in range(cluster.layout.instances):
+            state = cluster.engine_state(instance)
+            for stage in state.stages if state is not None else ():
+                if stage.own_slow is not None:
+                    found.setdefault(f"{instance}.{stage.stage}", str(stage.own_slow))
+
+
 def recoveries(cluster: LocalCluster) -> list[list[dict[str, Any]]]:
     states = [cluster.engine_state(instance) for instance in range(cluster.layout.instances)]
     assert all(states)
@@ -161,10 +171,14 @@ def main() -> None:
         ]
         for process in beside:
             process.start()
+        slow: dict[str, str] = {}
+        watcher = threading.Thread(target=watch_pace, args=(cluster, over, slow))
+        watcher.start()
         try:
             loads = asyncio.run(load_all(cluster, arguments.streams, 60.0 * arguments.minutes))
         finally:
             over.set()
+        watcher.join()
         gaps, late = results.get(timeout=60)
         for process in beside:
             process.join(60)
@@ -173,6 +187,7 @@ def main() -> None:
     pauses = [float(each) for log in logs for each in re.findall(r"collected for ([0-9.]+) s", log)]
     summary = {
         "false_alarms": sum(map(len, alarms)),
+        "stages_said_to_be_slow": slow,
         "minutes": arguments.minutes,
         "stages": len(addresses),
         "loads": loads,

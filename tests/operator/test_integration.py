@@ -197,6 +197,7 @@ class TestObjects:
             "heartbeatTimeout": "800ms",
             "stepTimeout": "2s",
             "sickAfter": "30s",
+            "stragglers": "Report",
             "mode": "Act",
             "weights": "Twin",
             "repeatOffender": {"failures": 3, "window": "1h"},

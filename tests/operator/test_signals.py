@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from resilientllm_api.crd import NodeAction
+from resilientllm_api.crd import NodeAction, RecoveryPolicy, StragglerPolicy
+from resilientllm_api.engine_state import Slowness
 from resilientllm_operator.signals import NOT_READY_PATIENCE, Signal, condition_rules, signals_of, unfit_nodes
 from resilientllm_operator.world import Ailment, NodeCondition, Taint, Toleration, World
 
@@ -18,6 +19,7 @@ from tests.operator.builders import (
     engine_state,
     healthy_world,
     pod,
+    settled,
     silent,
     stage,
     with_condition,
@@ -261,3 +263,37 @@ def test_new_stages_keep_off_nodes_that_stages_would_have_to_leave() -> None:
 
 def test_a_pod_that_ends_says_nothing_against_its_node() -> None:
     assert unfit_nodes(with_pod(with_nodes(healthy_world()), stage(0, 0), leaving=True), {}) == frozenset()
+
+
+class TestAStageThatIsSlow:
+    SLOW = Slowness(history=2.2, twins=1.9)
+
+    def world(self, **spec: Any) -> World:
+        """The engine says so of 0.1, and speaks of the pod that is in its place."""
+        world = settled(healthy_world(**spec))
+        state = engine_state(0)
+        stages = (state.stages[0], state.stages[1].model_copy(update={"own_slow": self.SLOW}))
+        assert world.object.status.plan is not None
+        version = world.object.status.plan.version
+        return with_engine(world, 0, state.model_copy(update={"stages": stages, "plan_version": version}))
+
+    def test_is_told_with_its_figures(self) -> None:
+        signal = said(self.world())
+        assert signal is not None and signal.action is WARN
+        assert "its steps take 2.2 times as long as before, and 1.9 times its twins'" in signal.reason
+
+    def test_is_left_if_that_is_the_policy_and_nothing_new_is_placed_there(self) -> None:
+        world = self.world(recovery=RecoveryPolicy(stragglers=StragglerPolicy.MOVE))
+        signal = said(world)
+        assert signal is not None and signal.action is MOVE
+        assert "node-1" in unfit_nodes(world, {})
+
+    def test_is_not_mistaken_for_the_pod_that_takes_its_place(self) -> None:
+        world = self.world()
+        assert said(with_pod(world, stage(0, 1), name="another")) is None
+
+    def test_is_not_told_by_an_engine_that_has_an_older_plan(self) -> None:
+        world = self.world()
+        state = world.engine(world.engine_pod(0)).state
+        assert state is not None
+        assert said(with_engine(world, 0, state.model_copy(update={"plan_version": state.plan_version - 1}))) is None

@@ -211,6 +211,15 @@ class RecoveryMode(StrEnum):
     OBSERVE = "Observe"
 
 
+class StragglerPolicy(StrEnum):
+    """What follows when a stage has become slow, by its own history and beside its twins."""
+
+    REPORT = "Report"
+    """Status and event say so."""
+    MOVE = "Move"
+    """Another pod is made on another node, and engines move to it without losing anything."""
+
+
 class NodeAction(StrEnum):
     """What follows for a stage from what is said of its node, the mildest first."""
 
@@ -295,6 +304,9 @@ class RecoveryPolicy(CrdModel):
     sick_after: Duration = "30s"
     """An engine that has requests and has not done a step for so long, or could not have taken any, is not healthy: it
     says so on ``/health`` and gets no requests."""
+    stragglers: StragglerPolicy = StragglerPolicy.REPORT
+    """What follows when a stage has become slow: its steps take half as long again as they used to, and as those of its
+    copies. Report: status and event say so. Move: its pod is replaced on another node, without losing anything."""
     drain_timeout: Duration = "5m"
     """How long at most requests may run on in an instance that gives way (a roll-out, fewer instances) or an engine pod
     that is told to end (an eviction), which get no new ones. What still runs then is cut off. It is the pods' grace

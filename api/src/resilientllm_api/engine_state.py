@@ -55,6 +55,18 @@ class RecoveryKind(StrEnum):
     """A donor took the place of a stage that still works, because that is to go."""
 
 
+class Slowness(Frozen):
+    """How much longer the steps of a stage take than they should."""
+
+    history: float
+    """Times as long as steps of their size used to take there."""
+    twins: float
+    """Times as long as they take its twins now."""
+
+    def __str__(self) -> str:
+        return f"its steps take {self.history:.1f} times as long as before, and {self.twins:.1f} times its twins'"
+
+
 class StageServing(Frozen):
     """Which stage serves a place of the pipeline."""
 
@@ -65,6 +77,8 @@ class StageServing(Frozen):
     """Whether the instance's own stage answers."""
     own_leaving: bool = False
     """The own stage has been told to end, and waits until nobody needs it."""
+    own_slow: Slowness | None = None
+    """The own stage has become slow: it may fail next. The figures are those of when it was seen."""
     donors_connected: int = 0
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from resilientllm_api.crd import NodeAction, NodeConditionRule
+from resilientllm_api.crd import NodeAction, NodeConditionRule, StragglerPolicy
+from resilientllm_api.engine_state import Slowness
 
 from resilientllm_operator.names import Role
 from resilientllm_operator.pods import NODE_LOSS_TOLERATION_SECONDS
@@ -48,6 +49,7 @@ _MIRRORED = {f"node.kubernetes.io/{taint}" for taint in ("not-ready", "unreachab
 _GONE = {"node.kubernetes.io/out-of-service", "node.cloudprovider.kubernetes.io/shutdown"}
 _PRESSURE = {f"node.kubernetes.io/{kind}" for kind in ("memory-pressure", "disk-pressure", "pid-pressure")}
 """They come and go, and the kubelet itself ends pods if they stay."""
+_OF_STRAGGLERS = {StragglerPolicy.REPORT: NodeAction.WARN, StragglerPolicy.MOVE: NodeAction.MOVE}
 _MILDEST_FIRST = list(NodeAction)
 _MOST_WORDS = 200
 
@@ -105,7 +107,8 @@ def unfit_nodes(world: World, avoided: Mapping[str, str]) -> frozenset[str]:
         if node.deleting or any(signal.is_to_go for signal in _of_conditions(node, rules))
     }
     sick = {pod.node for pod in world.pods if pod.node is not None and any(each.certain for each in pod.ailments)}
-    return frozenset(faulty | sick | avoided.keys())
+    slow = {pod.node for pod in world.pods if pod.node is not None and _slowness(world, pod) is not None}
+    return frozenset(faulty | sick | slow | avoided.keys())
 
 
 def _strongest(signals: Iterator[Signal]) -> Signal | None:
@@ -134,6 +137,8 @@ def _signals(world: World, pod: PodView, avoided: Mapping[str, str], now: dateti
         yield Signal(action, _short(f"device {each.device} ({each.resource}) on node {pod.node} is {health}{words}"))
     if pod.node is not None and pod.node in avoided:
         yield Signal(NodeAction.MOVE, f"node {pod.node} is avoided: {avoided[pod.node]}")
+    if (slow := _slowness(world, pod)) is not None:
+        yield Signal(_OF_STRAGGLERS[world.object.spec.recovery.stragglers], f"pod {pod.name} is slow: {slow}")
     yield from _of_the_node(world, pod, is_heard(world, pod), now)
     if (node := world.nodes.get(pod.node or "")) is not None:
         yield from _of_conditions(node, condition_rules(world))
@@ -203,6 +208,20 @@ def _tolerates(toleration: Toleration, taint: Taint) -> bool:
 def _says_that_it_ends(world: World, pod: PodView) -> bool:
     state = world.engine(world.engine_pod(pod.slot.instance)).state
     return state is not None and any(each.own_leaving for each in state.stages if each.stage == pod.slot.stage)
+
+
+def _slowness(world: World, pod: PodView) -> Slowness | None:
+    """What the stage's own engine says of it, if it speaks of this very pod: another one may have taken the place."""
+    state, status = world.engine(world.engine_pod(pod.slot.instance)).state, world.object.status
+    if pod.slot.role is Role.ENGINE or state is None:
+        return None
+    if status.plan is None or state.plan_version != status.plan.version:
+        return None
+    place = pod.slot.stage_id
+    seated = next((each.stages for each in status.instances if each.instance == place.instance), ())
+    if not any(each.stage == place.stage and each.pod == pod.name for each in seated):
+        return None
+    return next((each.own_slow for each in state.stages if each.stage == place.stage), None)
 
 
 def _short(words: str) -> str:

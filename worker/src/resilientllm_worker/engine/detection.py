@@ -1,13 +1,15 @@
-"""What the conductor notices at every tick: who fell silent, who is stuck, and who holds up the pipeline."""
+"""What the conductor notices at every tick: who fell silent, is stuck or slow, and who holds up the pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from resilientllm_api.engine_state import Slowness
 from resilientllm_api.plan import Limits, StageId
 
 from resilientllm_worker.engine.channel import Channel
 from resilientllm_worker.engine.silence import Silences
+from resilientllm_worker.engine.stragglers import Watch, judge
 from resilientllm_worker.engine.suspicion import Awaited, Facts, Suspicion, Waits, suspect, wait
 from resilientllm_worker.protocol.messages import Stamp
 
@@ -23,6 +25,7 @@ class Detector:
         self._silences: Silences[Channel] = Silences(now)
         self._stamp: Stamp | None = None
         self._waits: Waits = ()
+        self._watches: dict[StageId, Watch] = {}
         self._victims: dict[StageId, float] = {}
         """Far ends of silent links, and when."""
         self.stuck: frozenset[StageId] = frozenset()
@@ -38,9 +41,21 @@ class Detector:
             if seconds > (limit if channel.has_kv else max(limit, STARTING_SECONDS)):
                 yield channel, seconds
 
-    def look(self, channels: Collection[Channel]) -> None:
-        """Note who is stuck, serving or not."""
+    @property
+    def slow(self) -> dict[StageId, Slowness]:
+        """Own stages that have become slow."""
+        return {stage: watch.slow for stage, watch in self._watches.items() if watch.slow is not None}
+
+    def look(self, instance: int, channels: Collection[Channel], now: float) -> None:
+        """Note who is stuck, serving or not, and which stages of the own instance are slow."""
         self.stuck = frozenset(channel.id for channel in channels if channel.is_stuck)
+        paces = {
+            channel.id: channel.pulse.beat.pace
+            for channel in channels
+            if channel.pulse is not None and channel.pulse.beat.pace is not None
+        }
+        own = {stage: pace for stage, pace in paces.items() if stage.instance == instance}
+        self._watches = judge(self._watches, own, paces, now)
 
     def suspect(self, stamp: Stamp, serving: Sequence[Channel], limits: Limits) -> Suspicion | None:
         """Who holds up the pipeline that was stitched under ``stamp``; None as long as it moves."""

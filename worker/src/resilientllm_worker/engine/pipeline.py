@@ -363,6 +363,7 @@ class Pipeline:
                     recoveries=self._recoveries,
                     load=self._load,
                     steps_total=self._steps_total,
+                    slow=self._detector.slow,
                 )
             )
 
@@ -425,7 +426,11 @@ class Pipeline:
         now, limits, channels = time.monotonic(), self._plan.limits, list(self._channels.values())
         for channel, seconds in self._detector.silent(channels, limits, now):
             channel.drop(LossReason.SILENCE, f"nothing heard for {seconds:.1f} s")
-        self._detector.look(channels)
+        slow = self._detector.slow
+        self._detector.look(self._instance, channels, now)
+        for stage, how in self._detector.slow.items():
+            if stage not in slow:
+                logger.warning("stage %s is slow: %s", stage, how)
         if self._stitched and (suspicion := self._detector.suspect(self._stamp, self._serving, limits)) is not None:
             self._act_on(suspicion, now)
 

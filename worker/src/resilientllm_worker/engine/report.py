@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState, StageServing
+from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState, Slowness, StageServing
 from resilientllm_api.plan import Plan, ReplicationMode, StageId, StageRef
 
 from resilientllm_worker.engine.channel import Channel
@@ -42,6 +42,8 @@ class View:
     """Requests running and waiting."""
     steps_total: int = 0
     """Whose results came."""
+    slow: Mapping[StageId, Slowness] = field(default_factory=dict)
+    """Own stages that have become slow."""
 
 
 def engine_state(view: View) -> EngineState:
@@ -54,6 +56,7 @@ def engine_state(view: View) -> EngineState:
             served_by=serving.get(place),
             own_connected=view.channels[ref.id].connected,
             own_leaving=view.channels[ref.id].ends_at is not None,
+            own_slow=view.slow.get(ref.id),
             donors_connected=sum(view.channels[donor.id].connected for donor in plan.donors[place]),
         )
         for place, ref in enumerate(plan.stages if plan else ())

@@ -190,6 +190,17 @@ class Progress(_Struct):
     landed_bytes: int
 
 
+class Pace(_Struct):
+    """How long a stage's steps take, of all tenants."""
+
+    steps: int
+    """How many have been compared."""
+    ratio: float
+    """What the last ones took, over what steps of their size used to take."""
+    sizes: list[tuple[int, float]]
+    """What steps of a size used to take, in seconds. A size is a power of two."""
+
+
 class Heartbeat(_Struct):
     """That the process lives, and how its work goes. A thread of its own sends it: a hang shows in ``step_seconds``."""
 
@@ -206,6 +217,8 @@ class Heartbeat(_Struct):
     """The same."""
     step_allowed_seconds: float = 0.0
     """How long the step at hand may run before it counts as stuck; 0 when idle."""
+    pace: Pace | None = None
+    """None as long as too few steps are known."""
 
 
 class StageFailing(_Struct):

@@ -38,6 +38,7 @@ from resilientllm_worker.protocol.messages import (
     KVDescription,
     LinkHello,
     LinkLost,
+    Pace,
     Release,
     ReplicaHello,
     ReplicateTo,
@@ -61,6 +62,7 @@ from resilientllm_worker.seams.errors import Malformed, Unsupported
 from resilientllm_worker.stage.activations import BadActivation, Landing, describe
 from resilientllm_worker.stage.deadline import Deadlines, size_class
 from resilientllm_worker.stage.merge import gather, merged, scatter, share, spans, why_apart
+from resilientllm_worker.stage.pace import Steps
 from resilientllm_worker.stage.progress import Counts
 from resilientllm_worker.stage.step_clock import StepClock
 from resilientllm_worker.stage.tenant import Tenant
@@ -86,6 +88,8 @@ logger = logging.getLogger(__name__)
 LINK_DIAL_SECONDS = 1.0
 """For the connection, and once more for authentication: less than an engine waits for a stitch."""
 SHORTEST_HEARTBEAT_SECONDS = 0.01
+PACE_STEPS = 16
+"""So often the stage sums up how long its steps take."""
 SLOTS_BUSY_SECONDS = 0.001
 COMPANY_FRACTION = 0.3
 """Of a merged forward's time: how long the step after it waits for the other tenant's.
@@ -146,6 +150,9 @@ class StageServer:
         self._merged_steps_done = 0
         self._clock = StepClock()
         self._deadlines = Deadlines()
+        self._steps = Steps()
+        self._pace: Pace | None = None
+        """Of `_steps`, which the runner alone may look at."""
         # The runner thread's own.
         self._company_seconds = 0.0
         """How long the next step waits for the other tenant's, if that is not at hand."""
@@ -290,8 +297,11 @@ class StageServer:
         finally:
             took = self._clock.end()
             self._deadlines.observe(size, took)
+            self._steps.observe(size, took)
             self._company_seconds = min(COMPANY_FRACTION * took, LONGEST_COMPANY_SECONDS) if len(batch) > 1 else 0.0
             self._steps_done += 1
+            if self._steps_done % PACE_STEPS == 0:
+                self._pace = self._steps.pace()
             self._merged_steps_done += len(batch) > 1
             for turn in turns:
                 turn.counts.done = turn.step.step
@@ -748,7 +758,7 @@ class StageServer:
             report = tenant.replicator.report() if tenant.replicator is not None else None
             link = tenant.links.get(tenant.stamp)
             progress = tenant.counts.told(engine.received_bytes, link.received_bytes if link is not None else 0)
-        return Heartbeat(self._steps_done, running, self._model.kv is not None, report, progress, allowed)
+        return Heartbeat(self._steps_done, running, self._model.kv is not None, report, progress, allowed, self._pace)
 
 
 @dataclass(frozen=True)
