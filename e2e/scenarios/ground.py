@@ -28,7 +28,7 @@ from e2e.cluster.provider import HostPort
 from e2e.cluster.timings import STEADY
 from e2e.demo import installation
 from e2e.demo.observation import waits_for
-from e2e.scenarios.load import Load, Target
+from e2e.scenarios.load import PAUSE_SECONDS, Load, Target
 from e2e.scenarios.look import KINDS, Look, parse_look
 from e2e.scenarios.verdict import Reference
 
@@ -59,6 +59,8 @@ def specified() -> dict[str, Any]:
     obj = installation.example()
     spec = obj["spec"]
     spec["engine"]["nodeSelector"] = {PURPOSE: ENGINES}
+    # Two processes, which start as long as a stage does, and start together with it.
+    spec["engine"]["resources"]["requests"]["cpu"] = "100m"
     spec["stage"]["nodeSelector"] = {PURPOSE: STAGES}
     spec["stage"]["resources"]["limits"] = {"nvidia.com/gpu": "1"}
     spec["recovery"] |= {
@@ -197,7 +199,9 @@ class Ground:
         patch = json.dumps({"status": status})
         self.cluster.kubectl("patch", "node", node, "--subresource=status", "--type=strategic", f"--patch={patch}")
 
-    def load(self, *, engines: Iterable[int] = (0, 1), rounds: int | None = None) -> Load:
+    def load(
+        self, *, engines: Iterable[int] = (0, 1), rounds: int | None = None, pause_seconds: float = PAUSE_SECONDS
+    ) -> Load:
         """Streams through the Service, and to each of these engines."""
         look = self.look()
         service = self.forward(*installation.service_address(self.cluster, NAME))
@@ -213,6 +217,7 @@ class Ground:
                 ),
             ],
             rounds,
+            pause_seconds,
         )
 
     def forward(self, address: str, port: int) -> HostPort:

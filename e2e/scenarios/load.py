@@ -25,6 +25,8 @@ MIDDLE_TOKENS = 80
 """Some blocks: part of the stream's KV cache has copies, part has none."""
 PAUSE_SECONDS = 0.3
 """Between the rounds of a target. It also bounds how often a target that refuses is asked."""
+LEISURELY_SECONDS = 3.0
+"""The same, where whole instances start beside the streams and would have to wait for cores."""
 
 SAMPLING = Sampling(max_tokens=TOKENS)
 
@@ -72,11 +74,18 @@ class _Line:
 class Load:
     """Runs in a thread of its own; ``sent`` may be read at any time."""
 
-    def __init__(self, model: str, targets: Sequence[Target], rounds: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        targets: Sequence[Target],
+        rounds: int | None = None,
+        pause_seconds: float = PAUSE_SECONDS,
+    ) -> None:
         """``rounds``: end by itself after so many; default: go on until stopped."""
         self.sent: list[Sent] = []
         self._model = model
         self._rounds = rounds
+        self._pause_seconds = pause_seconds
         self._lines = [_Line(target) for target in targets]
         self._held = False
         self._stopped = False
@@ -179,7 +188,13 @@ class Load:
                 await asyncio.gather(*(self._stream(client, sent) for sent in line.round))
             line.streaming = False
             number += 1
-            await asyncio.sleep(PAUSE_SECONDS)
+            await self._pause(line)
+
+    async def _pause(self, line: _Line) -> None:
+        """Until somebody waits for the next round, or for the last one, at most."""
+        end = time.monotonic() + self._pause_seconds
+        while line.round and not self._stopped and time.monotonic() < end:
+            await asyncio.sleep(_GLANCE_SECONDS)
 
     async def _stream(self, client: openai.AsyncOpenAI, sent: Sent) -> None:
         try:

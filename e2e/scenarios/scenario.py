@@ -13,7 +13,7 @@ from e2e.cluster.errors import ClusterError, CommandFailed
 from e2e.demo.observation import Pod, waits_for
 from e2e.scenarios.fault import Fault
 from e2e.scenarios.ground import LOOK_SECONDS, STREAMS_SECONDS, Ground
-from e2e.scenarios.load import Load
+from e2e.scenarios.load import PAUSE_SECONDS, Load
 from e2e.scenarios.look import Look
 from e2e.scenarios.verdict import Verdict, judge, stall_between
 
@@ -49,9 +49,9 @@ class Scenario:
     def first_fault(self) -> Fault:
         return self.faults[0]
 
-    def start_load(self, *, engines: Iterable[int] = (0, 1)) -> None:
+    def start_load(self, *, engines: Iterable[int] = (0, 1), pause_seconds: float = PAUSE_SECONDS) -> None:
         """Streams that all run when this returns, so that what follows meets them in the middle."""
-        self._load = self.ground.load(engines=engines)
+        self._load = self.ground.load(engines=engines, pause_seconds=pause_seconds)
         self._load.reach_the_middle(MIDDLE_SECONDS)
 
     def meet_streams(self) -> None:

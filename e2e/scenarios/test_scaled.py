@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from e2e.scenarios import fault
+from e2e.scenarios.load import LEISURELY_SECONDS
 from e2e.scenarios.look import Look
 from e2e.scenarios.scenario import TIMEOUT_SECONDS, Scenario
 
@@ -15,7 +16,7 @@ BOUND_SECONDS = 180.0
 
 def test_scaling_to_three_instances_and_back_harms_no_stream(scenario: Scenario) -> None:
     before = {pod.uid: pod.restarts for pod in scenario.before.pods}
-    scenario.start_load(engines=())
+    scenario.start_load(engines=(), pause_seconds=LEISURELY_SECONDS)
 
     scenario.did(fault.change_spec(scenario.ground, "3 instances", lambda spec: spec.update(instances=3)))
     # With three instances every stage keeps for exactly one other.

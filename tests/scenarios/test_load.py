@@ -96,6 +96,20 @@ def test_all_streams_are_in_the_middle_at_once(server: Server) -> None:
     assert all(sent.stream.arrivals_seconds[MIDDLE_TOKENS - 1] < middle for sent in cut)
 
 
+def test_nobody_waits_for_the_end_of_a_pause(server: Server) -> None:
+    with Load("m", targets(server), pause_seconds=10 * BOUND_SECONDS) as load:
+        load.reach_the_middle(BOUND_SECONDS)
+        deadline = time.monotonic() + BOUND_SECONDS
+        while not all(sent.over for sent in load.sent) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        before = len(load.sent)
+        load.reach_the_middle(BOUND_SECONDS)
+        load.finish(BOUND_SECONDS)
+
+    assert len(load.sent) == before + 3
+    assert all(sent.stream.complete for sent in load.sent)
+
+
 def test_a_stream_that_breaks_is_a_result_and_the_next_round_comes(server: Server) -> None:
     server.breaks = True
     with Load("m", targets(server), rounds=2) as load:
