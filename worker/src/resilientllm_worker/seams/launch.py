@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resilientllm_worker.seams.model_class import look_at_models_here
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -86,6 +88,7 @@ def make_config(args: argparse.Namespace) -> VllmConfig:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    look_at_models_here()
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     except (OSError, ValueError, NotImplementedError) as error:
