@@ -206,7 +206,7 @@ class Stage:
         server = self.server
         with server._changed:
             assert server._changed.wait_for(
-                lambda: any(number == step for _, number in server._tenants[instance].arrived), PATIENCE_SECONDS
+                lambda: any(each.step == step for each in server._tenants[instance].fencing.landed), PATIENCE_SECONDS
             )
 
     def wait_ended(self) -> None:

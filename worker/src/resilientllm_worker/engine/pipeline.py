@@ -41,6 +41,7 @@ from resilientllm_worker.engine.stitching import LINK_GRACE_SECONDS, Holding, In
 from resilientllm_worker.engine.suspicion import Suspicion
 from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, keepers
 from resilientllm_worker.protocol.blocks import pack_blocks
+from resilientllm_worker.protocol.fencing import is_awaited, next_term
 from resilientllm_worker.protocol.messages import (
     AllocateKV,
     DescribeKV,
@@ -186,9 +187,8 @@ class Pipeline:
                         f"plan {self._plan.version} has {len(self._plan.stages)} stages, but stage {channel.id} was "
                         f"started as one of {channel.welcome.stages}: correct the plan or --pipeline-parallel-size"
                     )
-            # A term above all that any stage has seen of this instance, also when the clock went backwards.
             seen = [c.welcome.stamp.term for c in self._channels.values() if c.connected and c.welcome is not None]
-            self._stamp = Stamp(max([int(time.time()), *(term + 1 for term in seen)]), 0)
+            self._stamp = Stamp(next_term(time.time_ns() // 1000, seen), 0)
 
     def describe_kv(self) -> list[KVDescription]:
         """What every own stage needs, in pipeline order."""
@@ -334,14 +334,13 @@ class Pipeline:
 
     def _on_result(self, result: StepResult) -> None:
         with self._changed:
-            if result.stamp != self._stamp:
+            if not is_awaited(self._stamp, self._in_flight, result.stamp, result.step):
                 return
-            future = self._in_flight.pop(result.step, None)
-            self._steps_total += future is not None
+            future = self._in_flight.pop(result.step)
+            self._steps_total += 1
             if self._recoveries.going and self._stitched and any(result.sampled_token_ids):
                 self._recoveries.finish(time.monotonic())
-        if future is not None:
-            future.set_result(result)
+        future.set_result(result)
 
     # --- state (any thread) ------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ from resilientllm_worker.stage.merge import gather, merged, scatter, share, span
 from resilientllm_worker.stage.pace import Steps
 from resilientllm_worker.stage.progress import Counts
 from resilientllm_worker.stage.step_clock import StepClock
-from resilientllm_worker.stage.tenant import Tenant
+from resilientllm_worker.stage.tenant import Closing, Tenant
 from resilientllm_worker.tenancy.errors import SlotsBusy, TranslationError
 from resilientllm_worker.tenancy.home import HomeBlocks
 from resilientllm_worker.tenancy.pool import Pool
@@ -225,7 +225,8 @@ class StageServer:
                     break
             ready.sort(key=lambda candidate: candidate.last_served)
             room = self._model.merging_room() if self._merges and len(ready) > 1 else None
-            if room is None or why_apart([tenant.steps[0] for tenant in ready], room) is not None:
+            steps = [step for tenant in ready if (step := self._ready_step(tenant)) is not None]
+            if room is None or why_apart(steps, room) is not None:
                 del ready[1:]
             self._running = {tenant.instance for tenant in ready}
             void = list(self._void_prefixes)
@@ -233,13 +234,15 @@ class StageServer:
             return [self._take(tenant) for tenant in ready], void
 
     def _ready(self) -> list[Tenant]:
-        return [tenant for tenant in self._tenants.values() if tenant.ready_step(self._stage == 0) is not None]
+        return [tenant for tenant in self._tenants.values() if self._ready_step(tenant) is not None]
+
+    def _ready_step(self, tenant: Tenant) -> Step | None:
+        return tenant.fencing.next_step(needs_states=self._stage > 0)
 
     def _take(self, tenant: Tenant) -> _Turn:
         self._turn += 1
         tenant.last_served = self._turn
-        step = tenant.steps.popleft()
-        inbound = tenant.arrived.pop((step.stamp, step.step), None)
+        tenant.fencing, step, inbound = tenant.fencing.take()
         assert tenant.blocks is not None and tenant.engine is not None, "a tenant without them is not stitched"
         return _Turn(tenant, step, inbound, tenant.blocks, tenant.outbound, tenant.engine, tenant.counts)
 
@@ -393,7 +396,7 @@ class StageServer:
     def _serve_engine(self, connection: Connection, hello: EngineHello) -> None:
         with self._changed:
             tenant = self._tenant(hello.instance)
-            stamp = tenant.stamp
+            stamp = tenant.fencing.newest
         kv = self._model.kv
         connection.send(
             StageWelcome(
@@ -439,8 +442,8 @@ class StageServer:
         match message:
             case Step():
                 with self._changed:
-                    if message.stamp == tenant.stamp and connection is tenant.engine:
-                        tenant.steps.append(message)
+                    tenant.fencing, queued = tenant.fencing.queue(message, connection)
+                    if queued:
                         tenant.counts.received = message.step
                         self._changed.notify_all()
             case Fence():
@@ -453,13 +456,13 @@ class StageServer:
                 self._seal(tenant, message, connection)
             case Forget():
                 with self._changed:
-                    if message.stamp == tenant.stamp and connection is tenant.engine and tenant.blocks is not None:
+                    if tenant.fencing.is_in_force(message.stamp, connection) and tenant.blocks is not None:
                         self._void(tenant, tenant.blocks.forget(unpack_blocks(message.blocks).tolist()))
             case Flush():
                 self._flush(tenant, message, connection)
             case ReplicateTo():
                 with self._changed:
-                    if message.stamp == tenant.stamp and connection is tenant.engine:
+                    if tenant.fencing.is_in_force(message.stamp, connection):
                         self._redirect(tenant, message.address)
             case DescribeKV():
                 connection.send(self._describe(message))
@@ -511,30 +514,24 @@ class StageServer:
 
     # --- topology ----------------------------------------------------------------------------------------------
 
-    def _fence(self, tenant: Tenant, stamp: Stamp, engine: Connection) -> bool:
-        """Returns whether ``stamp`` is in force now; an older one changes nothing."""
+    def _fence(self, tenant: Tenant, stamp: Stamp, engine: Connection) -> str:
+        """Returns why ``stamp`` is not in force now; empty if it is."""
         with self._changed:
-            if stamp < tenant.stamp or (stamp == tenant.stamp and tenant.engine is not engine):
-                return False
-            if stamp == tenant.stamp:
-                return True
-            replaced = tenant.engine if tenant.engine is not engine else None
-            closing = tenant.fence(stamp, engine)
-            self._void_prefixes.add(tenant.prefix)
-            self._stop_serving_soon(tenant, leaves=False)
-        if replaced is not None:
-            replaced.close()  # its engine would wait for ever for steps that are void now
-        for link in closing:
-            link.close()
-        return True
+            verdict, closing = tenant.turn(tenant.fencing.fence(stamp, engine))
+            if verdict.voids:
+                self._void_prefixes.add(tenant.prefix)
+                self._stop_serving_soon(tenant, leaves=False)
+        for each in closing:
+            each.close()
+        return verdict.refusal
 
     def _stitch(self, tenant: Tenant, message: Stitch, engine: Connection) -> Stitched | Failed:
         place = f"stage {self._instance}.{self._stage}"
         kv = self._model.kv
         if kv is None:
             return Failed(message.call, f"{place} has no KV cache yet: its own engine has not attached")
-        if not self._fence(tenant, message.stamp, engine):
-            return Failed(message.call, f"{place} obeys {tenant.stamp} of another engine, {message.stamp} is older")
+        if refusal := self._fence(tenant, message.stamp, engine):
+            return Failed(message.call, f"{place} {refusal}")
         with self._changed:
             self._tenant(tenant.instance)  # it may have greeted us before the KV cache was allocated
         if (busy := self._await_old_writes(tenant)) is not None:
@@ -550,30 +547,37 @@ class StageServer:
             outbound = LinkSender(
                 connection, lambda detail: self._report_lost(tenant, message.stamp, self._stage + 1, detail)
             )
+        answer, closing = self._take_place(tenant, message, engine, outbound, kv)
+        for each in closing:
+            each.close()
+        return answer
+
+    def _take_place(
+        self, tenant: Tenant, message: Stitch, engine: Connection, outbound: LinkSender | None, kv: KVCache
+    ) -> tuple[Stitched | Failed, list[Closing]]:
+        """The second half of a stitch, and what is to be closed after it: ``outbound``, if there is no place."""
+        place = f"stage {self._instance}.{self._stage}"
+        unused: list[Closing] = [] if outbound is None else [outbound]
         with self._changed:
-            refusal = None
-            if tenant.stamp != message.stamp:
-                refusal = f"{place} was fenced by {tenant.stamp} meanwhile"
-            elif not tenant.is_home and self._guest not in (None, tenant.instance):
-                refusal = f"{place} already serves instance {self._guest} as a guest"
-            elif not tenant.is_home and kv.pool_blocks == 0:
-                refusal = f"{place} has no pool blocks for guests"
-            if refusal is None:
-                assert tenant.blocks is not None
-                if not tenant.is_home:
-                    self._guest = tenant.instance
-                    tenant.blocks.stop_serving()  # what its older topology left unsealed is of no use
-                tenant.blocks.serve()
-                held = tenant.blocks.held() if message.report_sealed else (b"", b"")
-                tenant.outbound = outbound
-                tenant.stitched = tenant.needed = True
-                self._changed.notify_all()
-                return Stitched(
-                    message.call, message.stamp, kv.home_blocks - 1 if tenant.is_home else kv.pool_blocks, *held
-                )
-        if outbound is not None:
-            outbound.close()
-        return Failed(message.call, refusal)
+            if not tenant.is_home and self._guest not in (None, tenant.instance):
+                reason = f"{place} already serves instance {self._guest} as a guest"
+                return Failed(message.call, reason), unused
+            if not tenant.is_home and kv.pool_blocks == 0:
+                return Failed(message.call, f"{place} has no pool blocks for guests"), unused
+            verdict, closing = tenant.turn(tenant.fencing.stitch(message.stamp, engine))
+            if verdict.refusal:
+                return Failed(message.call, f"{place} {verdict.refusal}"), unused
+            assert tenant.blocks is not None
+            if not tenant.is_home:
+                self._guest = tenant.instance
+                tenant.blocks.stop_serving()  # what its older topology left unsealed is of no use
+            tenant.blocks.serve()
+            held = tenant.blocks.held() if message.report_sealed else (b"", b"")
+            tenant.outbound = outbound
+            tenant.needed = True
+            self._changed.notify_all()
+            capacity = kv.home_blocks - 1 if tenant.is_home else kv.pool_blocks
+            return Stitched(message.call, message.stamp, capacity, *held), closing
 
     def _await_old_writes(self, tenant: Tenant) -> str | None:
         """Wait until nobody writes what the new topology may use. Returns who still does, after a while.
@@ -611,7 +615,7 @@ class StageServer:
         self._changed.notify_all()
 
     def _release(self, tenant: Tenant, stamp: Stamp, engine: Connection) -> None:
-        if not self._fence(tenant, stamp, engine):
+        if self._fence(tenant, stamp, engine):
             return
         with self._changed:
             tenant.needed = False
@@ -622,26 +626,22 @@ class StageServer:
         """The engine's connection ended. Its stamp stays: an older one must not come back."""
         with self._changed:
             self._engines.discard(connection)
-            if tenant.engine is not connection:
+            verdict, closing = tenant.turn(tenant.fencing.leave(connection))
+            if verdict.refusal:
                 return
             tenant.needed = False
-            closing = tenant.fence(tenant.stamp, connection)
-            tenant.engine = None
             self._void_prefixes.add(tenant.prefix)
-            closing.extend(tenant.links.values())
-            tenant.links.clear()
             self._stop_serving_soon(tenant, leaves=True)
             self._redirect(tenant, None)
-        for link in closing:
-            link.close()
+        for each in closing:
+            each.close()
 
     # --- replication -------------------------------------------------------------------------------------------
 
     def _seal(self, tenant: Tenant, message: Sealed, engine: Connection) -> None:
         with self._changed:
-            if message.stamp != tenant.stamp or engine is not tenant.engine or not tenant.stitched:
+            if not tenant.fencing.is_in_force(message.stamp, engine) or tenant.blocks is None:
                 return
-            assert tenant.blocks is not None
             fresh = tenant.blocks.seal(message.seals)
             tenant.blocks.end(message.ended)
             if tenant.replicator is not None:
@@ -650,7 +650,7 @@ class StageServer:
 
     def _flush(self, tenant: Tenant, message: Flush, engine: Connection) -> None:
         with self._changed:
-            in_force = message.stamp == tenant.stamp and engine is tenant.engine
+            in_force = tenant.fencing.is_in_force(message.stamp, engine)
         if in_force and tenant.replicator is not None:
             tenant.replicator.flush(lambda: _tell(engine, Flushed(message.call)))
         else:
@@ -669,22 +669,24 @@ class StageServer:
         with self._changed:
             tenant = self._tenant(hello.instance)
             refusal = self._refuse_replicas(tenant, hello)
+            closing: list[Closing] = []
             if not refusal:
-                before, tenant.inbound_replicas = tenant.inbound_replicas, (hello.stamp, connection)
+                verdict, closing = tenant.turn(tenant.fencing.keep(hello.stamp, connection))
+                refusal = verdict.refusal and f"stage {self._instance}.{self._stage} {verdict.refusal}"
+            if not refusal:
                 tenant.receiving += 1
-                tenant.count_in(hello.stamp.term)
         if refusal:
             logger.info("keeps no blocks for instance %d: %s", hello.instance, refusal)
             connection.send(ReplicaWelcome(refusal, b"", b""))
             return
-        if before is not None:
-            before[1].close()
+        for each in closing:
+            each.close()
         assert tenant.blocks is not None and self._store is not None
 
         @contextlib.contextmanager
         def may_store() -> Iterator[bool]:
             with self._changed:
-                yield tenant.inbound_replicas == (hello.stamp, connection)
+                yield tenant.fencing.may_store(hello.stamp, connection)
 
         try:
             serve_replicas(connection, hello, tenant.blocks, self._store, may_store)
@@ -700,11 +702,6 @@ class StageServer:
             return f"{place} keeps blocks of stages {self._stage} only"
         if store is None or tenant.blocks is None:
             return f"{place} has no KV cache that blocks could be kept in"
-        if tenant.stitched:
-            return f"{place} serves this instance itself"
-        newest = max(tenant.stamp, tenant.inbound_replicas[0] if tenant.inbound_replicas is not None else tenant.stamp)
-        if hello.stamp < newest:
-            return f"{place} knows a newer topology, {newest}"
         return ""
 
     # --- links -------------------------------------------------------------------------------------------------
@@ -714,9 +711,9 @@ class StageServer:
             raise ProtocolError(f"stage {self._stage} takes links from stage {self._stage - 1}, not {hello.stage}")
         with self._changed:
             tenant = self._tenant(hello.instance)
-            if hello.stamp < tenant.stamp:
-                return
-            tenant.links[hello.stamp] = connection
+            verdict, _ = tenant.turn(tenant.fencing.link(hello.stamp, connection))
+        if verdict.refusal:
+            return
         try:
             while True:
                 landing = Landing(pinned=False)
@@ -724,9 +721,9 @@ class StageServer:
                 if header.stamp != hello.stamp:
                     raise ProtocolError(f"the link was made for {hello.stamp}, the frame says {header.stamp}")
                 with self._changed:
-                    if hello.stamp < tenant.stamp:
+                    tenant.fencing, landed = tenant.fencing.land(header.stamp, connection, header.step, landing.tensors)
+                    if not landed:
                         return
-                    tenant.arrived[header.stamp, header.step] = landing.tensors
                     if header.stamp == tenant.stamp:
                         tenant.counts.landed = header.step
                     self._changed.notify_all()
@@ -736,8 +733,7 @@ class StageServer:
             self._report_lost(tenant, hello.stamp, hello.stage, str(error))
         finally:
             with self._changed:
-                if tenant.links.get(hello.stamp) is connection:
-                    del tenant.links[hello.stamp]
+                tenant.fencing = tenant.fencing.unlink(connection)
 
     def _report_lost(self, tenant: Tenant, stamp: Stamp, neighbour: int, detail: str) -> None:
         """Also of a link that breaks before its stitch is done: nothing would tell of it later."""
@@ -756,7 +752,7 @@ class StageServer:
         report, progress = None, None
         if tenant.stitched:
             report = tenant.replicator.report() if tenant.replicator is not None else None
-            link = tenant.links.get(tenant.stamp)
+            link = tenant.inbound
             progress = tenant.counts.told(engine.received_bytes, link.received_bytes if link is not None else 0)
         return Heartbeat(self._steps_done, running, self._model.kv is not None, report, progress, allowed, self._pace)
 
