@@ -200,6 +200,8 @@ def test_a_stage_that_is_stuck_within_a_step_is_lost_although_it_has_heartbeats(
     assert compared(expected, streams) == Tokens(delivered=6 * 250)
     loss = loss_of(whole, before)
     assert (loss.reason, loss.stages) == (LossReason.HANG, (stage,))
+    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as metrics:
+        assert b'resilientllm_recoveries_total{kind="Borrow",reason="StepOverdue"}' in metrics.read()
     whole.wait_for(lambda now: whole.stage(0, stage).pid not in (pid, None), READY_SECONDS, "it to end by itself")
     assert "stuck: a step has been running for" in whole.log(f"stage-0.{stage}")
     whole.wait_ready(READY_SECONDS)

@@ -17,6 +17,7 @@ from resilientllm_api.plan import Limits
 
 from resilientllm_worker.engine.control_link import STATE_AT_LEAST_SECONDS
 from resilientllm_worker.engine.control_server import PlanStore
+from resilientllm_worker.engine.metrics import Metrics
 from resilientllm_worker.engine.stall import Stall, sickness
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def tell_the_truth(args: Namespace, store: PlanStore) -> None:
 def watch(store: PlanStore, stopped: threading.Event | None = None) -> None:
     """Look whether work moves, for as long as the process lives or until ``stopped``."""
     stopped = stopped or threading.Event()
-    stall = Stall(time.monotonic())
+    stall, metrics = Stall(time.monotonic()), Metrics()
     while not stopped.wait(LOOK_SECONDS):
         now, state = time.monotonic(), store.state
         busy = bool(store.requests or state.requests_running or state.requests_waiting)
@@ -56,6 +57,7 @@ def watch(store: PlanStore, stopped: threading.Event | None = None) -> None:
             logger.warning("is sick: %s", sick) if sick else logger.info("is well again")
         if sick != store.sick:
             store.tell(sick=sick)
+        metrics.note(store.public_state())
 
 
 class Middleware:
