@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resilientllm_cli.chaos.world import World
+from resilientllm_cli.local.layout import engine_name
 from resilientllm_cli.supervise.warden import members
 
 SETTLE_SECONDS = 6.0
@@ -64,8 +65,7 @@ def look(world: World) -> Holding:
     descriptors, resident = {}, {}
     for pid in pids:
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it ended while we looked
-            descriptors[pid] = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-            resident[pid] = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            descriptors[pid], resident[pid] = _descriptors(pid), _resident_bytes(pid)
     return Holding(
         processes=len(pids),
         descriptors=descriptors,
@@ -74,6 +74,23 @@ def look(world: World) -> Holding:
         shared_memory=sum(1 for _ in Path("/dev/shm").iterdir()),
         kv_in_use=max(world.kv_in_use(instance) for instance in range(world.shape.instances)),
     )
+
+
+def engines(world: World) -> dict[str, dict[str, int]]:
+    """What no run replaces."""
+    held = {}
+    for name in (engine_name(instance) for instance in range(world.shape.instances)):
+        pids = world.processes.family(name)
+        held[name] = {"descriptors": sum(map(_descriptors, pids)), "resident_bytes": sum(map(_resident_bytes, pids))}
+    return held
+
+
+def _descriptors(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def _resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def compare(before: Holding, after: Holding) -> Leaks:

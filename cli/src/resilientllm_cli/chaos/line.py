@@ -33,6 +33,10 @@ class Line:
     donor_existed: bool = True
     detection_seconds: float | None = None
     """From the fault to the engine's suspicion; None where nothing was suspected."""
+    fence_seconds: float | None = None
+    """From the fault until the fences of the first recovery were sent."""
+    first_token_seconds: float | None = None
+    """From the fault to the first token after that recovery, at the engine."""
     stall_seconds: float | None = None
     """Of the stream that was worst; None if none was met."""
     stalls_seconds: tuple[float, ...] = ()
@@ -40,6 +44,8 @@ class Line:
     whole_after_seconds: float | None = None
     """Since the streams had ended and the fault was undone."""
     leaks: dict[str, Any] = field(default_factory=dict)
+    engines: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What each holds after the run, both of its processes together: over many runs that shows what grows slowly."""
     problems: tuple[str, ...] = ()
     """What was not as it should be; empty in a good run."""
 

@@ -69,17 +69,18 @@ def run(world: World, kind: Kind, seed: int, undisturbed: Mapping[Phase, Undistu
         except (OSError, RuntimeError, TimeoutError) as error:
             problems.append(f"not injected as meant: {error}")
     ended = time.monotonic()
-    whole_after, leaked = None, {}
+    whole_after, leaked, engines = None, {}, {}
     try:
         whole_after = round(world.wait_whole(WHOLE_SECONDS), 3)
         found = leaks.settled(before, lambda: leaks.look(world))
         leaked = asdict(found)
         problems += found.problems()
+        engines = leaks.engines(world)
     except TimeoutError as error:
         problems.append(str(error))
     recoveries = _recoveries(world, totals)
     line = judge(scene, kind, seed, moment, scene.load.sent, undisturbed[moment.phase], recoveries, ended, problems)
-    line = replace(line, whole_after_seconds=whole_after, leaks=leaked)
+    line = replace(line, whole_after_seconds=whole_after, leaks=leaked, engines=engines)
     return Outcome(line, _timeline(scene, scene.load.sent, recoveries), whole_after is not None)
 
 
@@ -137,7 +138,7 @@ def judge(
     met = [each for each in sent if at is not None and not each.left and not _over(each, at)]
     stalls = [round(_stall(each, undisturbed, at, ended_seconds), 4) for each in met if at is not None]
     lost = [each for of in recoveries.values() for each in of if each.kind is RecoveryKind.BORROW]
-    detection = min((each.detected_at.timestamp() - scene.at_wall for each in lost), default=None)
+    noticed = min(lost, key=lambda each: each.detected_at, default=None)
     if not scene.landed:
         found.append("the fault did not land")
     if not met:
@@ -169,7 +170,7 @@ def judge(
         failed_explicitly=explicit,
         failed_otherwise=otherwise,
         donor_existed=scene.donor_exists,
-        detection_seconds=None if detection is None else round(detection, 4),
+        **_times(noticed, scene.at_wall),
         stall_seconds=max(stalls, default=None),
         stalls_seconds=tuple(stalls),
         recoveries=tuple(
@@ -186,6 +187,18 @@ def judge(
         ),
         problems=tuple(found),
     )
+
+
+def _times(recovery: Recovery | None, at_wall: float) -> dict[str, Any]:
+    if recovery is None:
+        return {}
+    detection, phases = recovery.detected_at.timestamp() - at_wall, recovery.phases_ms
+    until_fence = sum(phases.get(phase, 0.0) for phase in ("wait", "fence")) / 1000
+    return {
+        "detection_seconds": round(detection, 4),
+        "fence_seconds": round(detection + until_fence, 4),
+        "first_token_seconds": round(detection + phases.get("total", 0.0) / 1000, 4),
+    }
 
 
 def _over(sent: Sent, at_seconds: float) -> bool:

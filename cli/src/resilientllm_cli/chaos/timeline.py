@@ -12,8 +12,15 @@ from resilientllm_cli.errors import UsageError
 
 COLOURS = ("#1b7837", "#5e3c99", "#2166ac")
 """By instance."""
-PHASES = {"wait": "#bdbdbd", "fence": "#d73027", "stitch": "#fdae61", "resume": "#abd9e9"}
-BEFORE_SECONDS, AFTER_SECONDS = 0.5, 1.5
+PHASES = {
+    "wait": "#bdbdbd",
+    "hold": "#fee090",
+    "flush": "#e0f3f8",
+    "fence": "#d73027",
+    "stitch": "#fdae61",
+    "resume": "#abd9e9",
+}
+BEFORE_SECONDS, AFTER_SECONDS = 0.5, 0.2
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,11 +75,12 @@ def draw(document: Mapping[str, Any], output: Path) -> None:
             axes.axvline(start, color="black", linewidth=0.7, linestyle=":", label=once("detected, or decided"))
             for phase, colour in PHASES.items():
                 seconds = recovery["phases_ms"].get(phase, 0.0) / 1000
-                axes.axvspan(start, start + seconds, color=colour, alpha=0.5, linewidth=0, label=once(phase))
+                if seconds:
+                    axes.axvspan(start, start + seconds, color=colour, alpha=0.5, linewidth=0, label=once(phase))
                 start += seconds
         axes.axvline(0.0, color="#d73027", linewidth=1.2, label="fault")
-        end = max([recovery["detected"] for recovery in timeline["recoveries"]] + [line["stall_seconds"] or 0.0])
-        axes.set_xlim(-BEFORE_SECONDS, end + AFTER_SECONDS)
+        last = max((stream["arrivals"][-1] for stream in timeline["streams"] if stream["arrivals"]), default=0.0)
+        axes.set_xlim(-BEFORE_SECONDS, last + AFTER_SECONDS)
         axes.set_xlabel("seconds since the fault")
         axes.set_ylabel("tokens of each stream")
         axes.set_title(f"{line['fault']} of stage {line['victim']}, {line['shape']}, in {line['phase']}", fontsize=9)
