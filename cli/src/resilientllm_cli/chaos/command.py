@@ -21,6 +21,7 @@ from resilientllm_cli.chaos.load import Phase, undisturbed
 from resilientllm_cli.chaos.matrix import SHAPES, Case, cases, worlds
 from resilientllm_cli.chaos.network import Network
 from resilientllm_cli.chaos.network import run as run_program
+from resilientllm_cli.chaos.run import Outcome
 from resilientllm_cli.chaos.run import run as run_case
 from resilientllm_cli.chaos.shape import Shape
 from resilientllm_cli.chaos.world import World
@@ -29,6 +30,8 @@ from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
 
 FAILED = 1
 RUNS = 20
+WORLDS = 8
+"""Made at most of one shape: a run that breaks one costs the time of another."""
 RELAYED_STAGE = 1
 """Of instance 0: the place that gets commands, hidden states and replicas."""
 
@@ -94,12 +97,19 @@ def _run_all(wanted: Sequence[Case], output: Path, directory: Path, deadline: fl
         network = Network()
         for shape, relayed, group in worlds(wanted):
             left = list(group)
-            while left and time.monotonic() < deadline:
+            worlds_left = WORLDS
+            while left and worlds_left and time.monotonic() < deadline:
+                worlds_left -= 1
                 behind = StageId(instance=0, stage=min(RELAYED_STAGE, shape.stages - 1)) if relayed else None
-                logs = directory / "logs" / f"{shape}{'-relayed' * relayed}"
-                with World(shape, model, network, disk, logs, behind) as world:
-                    left, failed = _run_in(world, left, output, directory, deadline)
-                    problems += failed
+                logs = directory / "logs" / f"{shape}{'-relayed' * relayed}-{WORLDS - worlds_left}"
+                try:
+                    with World(shape, model, network, disk, logs, behind) as world:
+                        left, failed = _run_in(world, left, output, directory, deadline)
+                        problems += failed
+                except (OSError, RuntimeError) as error:  # a TimeoutError is an OSError
+                    print(f"a world of {shape} broke: {error}", flush=True)
+                    problems += 1
+            problems += len(left) if time.monotonic() < deadline else 0
     return problems
 
 
@@ -114,7 +124,11 @@ def _run_in(
         if time.monotonic() > deadline:
             return [], problems
         began = time.monotonic()
-        outcome = run_case(world, case.kind, case.seed, expected)
+        try:
+            outcome = run_case(world, case.kind, case.seed, expected)
+        except (OSError, RuntimeError, ValueError) as error:
+            broken = Line(*case.key, landed={}, problems=(f"the harness failed: {type(error).__name__}: {error}",))
+            outcome = Outcome(broken, {}, whole=False)
         problems += bool(outcome.line.problems)
         with output.open("a") as file:
             file.write(outcome.line.to_json() + "\n")
