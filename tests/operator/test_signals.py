@@ -122,6 +122,11 @@ class TestANodeThatIsNotReady:
         signal = said(replace(with_node(healthy_world(), "node-1", **not_ready(NOW)), engines={}))
         assert signal is not None and signal.action is WARN
 
+    def test_is_not_better_again_because_another_operator_begins(self) -> None:
+        lost = settled(with_node(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1)), "node-1", **not_ready(NOW)))
+        signal = said(replace(lost, engines={}))
+        assert signal is not None and signal.action is BORROW
+
     def test_holds_none_that_its_engine_does_not_hear(self) -> None:
         lost = with_node(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1)), "node-1", **NOT_READY)
         signal = said(lost)

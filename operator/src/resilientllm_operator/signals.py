@@ -80,9 +80,20 @@ def is_heard(world: World, pod: PodView) -> bool:
     engine = world.engine_pod(pod.slot.instance)
     view = world.engine(engine)
     if view.state is None:
-        # An operator that has only just begun knows no engine, and must not give up on all stages for that.
-        return view.contact is Contact.UNKNOWN and engine is not None and engine.ip is not None
+        # An operator that has only just begun knows no engine, and must not give up on all stages for that. Nor must it
+        # take back what the last one knew.
+        unknown = view.contact is Contact.UNKNOWN and engine is not None and engine.ip is not None
+        return unknown and not _was_left(world, pod)
     return any(each.own_connected for each in view.state.stages if each.stage == pod.slot.stage)
+
+
+def _was_left(world: World, pod: PodView) -> bool:
+    """Whether another stage stood in for it when the status was written."""
+    own = pod.slot.stage_id
+    recorded = (
+        stage for each in world.object.status.instances if each.instance == own.instance for stage in each.stages
+    )
+    return any(each.pod == pod.name and each.served_by not in (None, str(own)) for each in recorded)
 
 
 def is_given_up(node: NodeView, heard: bool, now: datetime) -> bool:
