@@ -45,7 +45,8 @@ def hold_of(world: World, now: datetime) -> HoldStatus | None:
 
 
 def is_wanted(world: World, slot: Slot) -> bool:
-    return slot in slots(world.object.spec.instances, world.object.spec.stages)
+    spec = world.object.spec
+    return slot.instance < spec.instances and (slot.stage is None or slot.stage < spec.stages)
 
 
 def is_outdated(world: World, pod: PodView) -> bool:
