@@ -10,6 +10,7 @@ import pytest
 from resilientllm_worker.protocol.blocks import pack_blocks, unpack_blocks, unpack_numbers
 from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
+    Failed,
     Flush,
     Flushed,
     Forget,
@@ -266,3 +267,33 @@ def test_nobody_keeps_blocks_of_an_instance_that_is_served_there() -> None:
         welcome = connection.receive()
         assert isinstance(welcome, ReplicaWelcome)
         assert "itself" in welcome.refusal
+
+
+def test_a_keeper_of_a_newer_engines_blocks_obeys_no_older_engine_and_takes_none_of_its_blocks() -> None:
+    """Both count their seals from 1, so the one would take the blocks of the other for its own."""
+    with kept() as (_, engine, other), closing(newer := dial(other.address, TOKEN, PATIENCE_SECONDS)):
+        newer.send(ReplicaHello(PROTOCOL_VERSION, OWN, 0, Stamp(2, 1), "bytes", 16))
+        welcome = newer.receive()
+        assert isinstance(welcome, ReplicaWelcome)
+        assert (welcome.refusal, welcome.held_blocks) == ("", b""), "what the older engine numbered is of no use"
+        with closing(guest := an_engine(other)):
+            assert guest.welcome.stamp == Stamp(2, 0), "who attaches now must bring a higher term"
+            refusal = guest.ask_stitch(epoch=7, report=True)
+            assert isinstance(refusal, Failed) and "older" in refusal.reason
+        replicate(engine, other)
+        report_when(engine, lambda report: not report.connected)
+        newer.close()
+        with closing(older := dial(other.address, TOKEN, PATIENCE_SECONDS)):
+            older.send(ReplicaHello(PROTOCOL_VERSION, OWN, 0, Stamp(1, 9), "bytes", 16))
+            welcome = older.receive()
+            assert isinstance(welcome, ReplicaWelcome)
+            assert "newer" in welcome.refusal
+
+
+def test_what_a_newer_engine_seals_does_not_go_out_over_the_channel_of_the_one_before() -> None:
+    """Until it says where to."""
+    with kept() as (own, _, other), closing(newer := an_engine(own), older := an_engine(other)):
+        newer.stitch(epoch=1, term=2)
+        newer.connection.send(Sealed(Stamp(2, 1), [seal(1, 3)], []))
+        assert not report_when(newer, lambda report: report.sealed_blocks == 1).address
+        assert held(older.stitch(epoch=2, report=True)) == {1: 1, 2: 2}
