@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from resilientllm_cli.chaos.enclosure import PROGRAMS
 
 WALL = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--map-root-user")
 SECONDS = 60.0
 
 
 def possible() -> bool:
+    if any(shutil.which(program) is None for program in PROGRAMS):
+        return False
     return subprocess.run([*WALL, "true"], capture_output=True, check=False).returncode == 0
 
 
