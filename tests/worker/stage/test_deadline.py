@@ -10,6 +10,7 @@ from resilientllm_worker.stage.deadline import (
     FLOOR_SECONDS,
     RISES,
     SLACK,
+    UNFAMILIAR_SECONDS,
     UNKNOWN_SECONDS,
     Deadlines,
     size_class,
@@ -28,7 +29,7 @@ def knowing(seconds: float, size: int = DECODE, floor: float = FLOOR_SECONDS) ->
 
 
 class TestAllowed:
-    def test_the_first_steps_of_a_size_may_compile(self) -> None:
+    def test_the_first_steps_of_all_may_compile(self) -> None:
         deadlines = Deadlines()
         for _ in range(FEW):
             assert deadlines.allowed(DECODE) == UNKNOWN_SECONDS
@@ -56,11 +57,16 @@ class TestAllowed:
 
     def test_a_size_that_was_never_seen_grows_faster_than_its_tokens(self) -> None:
         deadlines = knowing(5.0, size=8)
-        assert deadlines.allowed(9) > UNKNOWN_SECONDS
+        assert deadlines.allowed(9) > 2 * SLACK * 5.0
         assert deadlines.allowed(12) > 2**4 * SLACK * 5.0
 
-    def test_one_that_is_smaller_than_all_that_were_seen_may_compile(self) -> None:
-        assert knowing(0.1, size=PREFILL).allowed(DECODE) == UNKNOWN_SECONDS
+    @pytest.mark.parametrize(("known", "size"), [(PREFILL, DECODE), (DECODE, DECODE + 1)])
+    def test_the_first_steps_of_another_size_may_tune_something(self, known: int, size: int) -> None:
+        deadlines = knowing(0.01, size=known)
+        for _ in range(FEW):
+            assert deadlines.allowed(size) == UNFAMILIAR_SECONDS
+            deadlines.observe(size, 0.01)
+        assert deadlines.allowed(size) == FLOOR_SECONDS
 
     def test_a_machine_that_becomes_slower_is_followed(self) -> None:
         """Four times slower at once, and again: nothing of it is overdue."""

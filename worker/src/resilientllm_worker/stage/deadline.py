@@ -6,8 +6,9 @@ that. So no step that is long for an honest reason is suspected, however slow th
 
     allowed = max(floor, 8 × envelope of all sizes up to this one)
 
-The first steps of a size may compile, tune or capture something, which takes as long as it takes: until some have been
-seen, they may take `UNKNOWN_SECONDS`, or more where smaller ones make that plausible.
+The first steps of all may compile, tune or capture something, which takes as long as it takes: they may take
+`UNKNOWN_SECONDS`. The first of another size may still tune something, and may take `UNFAMILIAR_SECONDS`, or more where
+smaller ones make that plausible.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from resilientllm_worker.protocol.messages import Step
 FLOOR_SECONDS = 2.0
 """Where an engine says nothing else."""
 UNKNOWN_SECONDS = 60.0
+UNFAMILIAR_SECONDS = 10.0
 SLACK = 8.0
 FEW = 3
 """Steps of a size that must have been seen: the middle one of their times is the first envelope, so that one which
@@ -58,13 +60,16 @@ class Deadlines:
     _sizes: dict[int, _Size] = field(default_factory=dict)
 
     def allowed(self, size: int) -> float:
-        known = {each: of.envelope for each, of in self._sizes.items() if of.envelope is not None and each <= size}
-        if size in known:
-            return max(self.floor, SLACK * max(known.values()))
+        known = {each: of.envelope for each, of in self._sizes.items() if of.envelope is not None}
         if not known:
             return max(self.floor, UNKNOWN_SECONDS)
-        growth = 2.0 ** (GROWTH * (size - max(known)))
-        return max(self.floor, UNKNOWN_SECONDS, SLACK * growth * max(known.values()))
+        smaller = {each: envelope for each, envelope in known.items() if each <= size}
+        if size in known:
+            return max(self.floor, SLACK * max(smaller.values()))
+        if not smaller:
+            return max(self.floor, UNFAMILIAR_SECONDS)
+        growth = 2.0 ** (GROWTH * (size - max(smaller)))
+        return max(self.floor, UNFAMILIAR_SECONDS, SLACK * growth * max(smaller.values()))
 
     def observe(self, size: int, seconds: float) -> None:
         """A step of this size is done."""
