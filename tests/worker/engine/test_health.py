@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from resilientllm_api.engine_state import EnginePhase, EngineState
@@ -96,6 +97,19 @@ def test_a_pipeline_that_waits_for_a_stage_is_sick_after_a_while_although_nobody
         wait(store, lambda: store.sick.endswith("waits for stage 0.0"))
         says(store)
         wait(store, lambda: not store.sick)
+
+
+def test_an_engine_that_starts_is_not_sick_however_long_that_takes(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.requests = 1
+    with watched(store):
+        says(store, phase=EnginePhase.ATTACHING, serving=False)
+        looks = Mock(wraps=store.public_state)
+        store.public_state = looks  # type: ignore[method-assign]
+        wait(store, lambda: looks.call_count > 50)
+        assert not store.sick
+        says(store, phase=EnginePhase.WAITING, serving=False)
+        wait(store, lambda: bool(store.sick))
 
 
 def asked(store: PlanStore, path: str) -> tuple[int, bytes]:

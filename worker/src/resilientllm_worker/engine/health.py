@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from resilientllm_api.engine_state import EnginePhase
 from resilientllm_api.plan import Limits
 
 from resilientllm_worker.engine.control_link import STATE_AT_LEAST_SECONDS
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+STARTS = {EnginePhase.STARTING, EnginePhase.ATTACHING, EnginePhase.FAILED}
+"""Phases in which nobody expects anything of it yet, or any more."""
 HEALTH_PATH = "/health"
 """vLLM's."""
 
@@ -49,7 +52,10 @@ def watch(store: PlanStore, stopped: threading.Event | None = None) -> None:
         busy = bool(store.requests or state.requests_running or state.requests_waiting)
         # An EngineCore that is stopped says nothing, not even that it serves.
         heard = now - store.heard_at < 5 * STATE_AT_LEAST_SECONDS
-        stall = stall.after(now, state.steps_total, busy, state.serving and heard, LOOK_SECONDS)
+        if state.phase in STARTS:
+            stall = Stall(now, state.steps_total)
+        else:
+            stall = stall.after(now, state.steps_total, busy, state.serving and heard, LOOK_SECONDS)
         limits = store.plan.limits if store.plan is not None else Limits()
         message = state.message if heard else "EngineCore says nothing"
         sick = sickness(stall, limits.sick_after_seconds, state.step_allowed_seconds, busy, message)
