@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 from resilientllm_api.engine_state import EnginePhase, EngineState
 from resilientllm_api.pairing import make_plans
 from resilientllm_api.plan import Limits, Plan, StageId
@@ -73,6 +74,8 @@ class FakeStage:
         """Set to False, it reads and says nothing, as a process that is stopped."""
         self.refuses: Failed | None = None
         """What it answers to a stitch, but for the call's number."""
+        self.stops_at: type | None = None
+        """The message at which it says nothing any more."""
         self.dies_of: type | None = None
         """The message on which it drops dead."""
         self.highest = Stamp(0, 0)
@@ -84,6 +87,8 @@ class FakeStage:
         """What its heartbeats say of its copying."""
         self.progress: Progress | None = None
         """What they say of its steps."""
+        self.trickles = False
+        """With each, a byte more of hidden states has come."""
         self.overdue = False
         """They say that a step has been running for too long."""
         self.beat_count = 0
@@ -156,6 +161,9 @@ class FakeStage:
         with contextlib.suppress(ConnectionClosed):
             while not gone.wait(BEAT_SECONDS):
                 if self.beats and self.answers:
+                    if self.trickles and self.progress is not None:
+                        more = self.progress.landed_bytes + 1
+                        self.progress = msgspec.structs.replace(self.progress, landed_bytes=more)
                     seconds, allowed = (5.0, 2.0) if self.overdue else (0.0, 0.0)
                     connection.send(Heartbeat(0, seconds, self.has_kv, self.replication, self.progress, allowed))
                     self.beat_count += 1
@@ -164,6 +172,8 @@ class FakeStage:
         with self._changed:
             self.told.append(message)
             self._changed.notify_all()
+        if self.stops_at is not None and isinstance(message, self.stops_at):
+            self.answers = False
         if not self.answers:
             return
         if self.dies_of is not None and isinstance(message, self.dies_of):

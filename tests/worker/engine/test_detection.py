@@ -5,13 +5,15 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
 from resilientllm_api.engine_state import EnginePhase, LossReason
+from resilientllm_worker.engine import stitching
 from resilientllm_worker.engine.pipeline import LOST_STEP
 from resilientllm_worker.protocol.messages import Progress, Stamp, Step, Stitch
 
 from tests.worker.engine.builders import PATIENCE_SECONDS, World
 
-TIMEOUT_SECONDS = 0.4
+TIMEOUT_SECONDS = 1.5
 
 
 def lost(future: Future[Any]) -> bool:
@@ -22,9 +24,9 @@ def a_world(**shape: int) -> World:
     return World(heartbeat_timeout_seconds=TIMEOUT_SECONDS, **shape)
 
 
-def says(world: World, name: str, received: int = 0, landed: int = 0, done: int = 0, landed_bytes: int = 0) -> None:
+def says(world: World, name: str, received: int = 0, landed: int = 0, done: int = 0) -> None:
     stamp = world.pipeline.boundary().stamp
-    world[name].progress = Progress(stamp, received, landed, done, 0, landed_bytes)
+    world[name].progress = Progress(stamp, received, landed, done, command_bytes=0, landed_bytes=0)
 
 
 class TestCommandsThatDoNotArrive:
@@ -47,7 +49,7 @@ class TestCommandsThatDoNotArrive:
             says(world, "0.0", received=-1, done=-1)
             says(world, "0.1", received=-1, landed=-1, done=-1)
             beats = world["0.1"].beat_count
-            world.wait(lambda state: world["0.1"].beat_count > beats + 4 * TIMEOUT_SECONDS / 0.02)
+            world.wait(lambda state: world["0.1"].beat_count > beats + 2 * TIMEOUT_SECONDS / 0.02)
             assert world.pipeline.boundary().stamp == before
 
 
@@ -73,18 +75,28 @@ class TestASilentLink:
             world.attach()
             self.starve(world, "0.0", "0.1")
             world.wait_serving("1.0", "0.1")
+            world["0.0"].die()  # else it would be tried again first
             self.starve(world, "1.0", "0.1")
             world.wait(lambda state: str(state.stages[1].served_by) == "1.1")
 
     def test_that_brings_something_is_slow_and_keeps_its_stages(self) -> None:
         with a_world() as world:
             world.attach()
+            world["0.1"].trickles = True
             stamp = self.starve(world, "0.0", "0.1")
-            for count in range(100):
-                says(world, "0.1", landed=-1, done=-1, landed_bytes=count)
-                beats = world["0.1"].beat_count
-                world.wait(lambda state, beats=beats: world["0.1"].beat_count > beats + 1)  # type: ignore[misc]
+            beats = world["0.1"].beat_count
+            world.wait(lambda state: world["0.1"].beat_count > beats + 2 * TIMEOUT_SECONDS / 0.02)
             assert world.pipeline.boundary().stamp == stamp
+
+
+def test_a_stage_that_stops_within_a_stitch_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stitching, "STITCH_SECONDS", 10 * PATIENCE_SECONDS)
+    with a_world(instances=3) as world:
+        world.attach()
+        world["1.1"].stops_at = Stitch
+        world["0.1"].die()
+        world.wait_serving("0.0", "2.1")
+        assert world["1.1"].count(Stitch) == 1
 
 
 class TestAStageThatIsStuckInAStep:

@@ -8,12 +8,11 @@ from resilientllm_api.engine_state import Slowness
 from resilientllm_api.plan import Limits, StageId
 
 from resilientllm_worker.engine.channel import Channel
-from resilientllm_worker.engine.silence import Silences
+from resilientllm_worker.engine.silence import TICK_SECONDS, Silences
 from resilientllm_worker.engine.stragglers import Watch, judge
 from resilientllm_worker.engine.suspicion import Awaited, Facts, Suspicion, Waits, suspect, wait
 from resilientllm_worker.protocol.messages import Stamp
 
-TICK_SECONDS = 0.1
 STARTING_SECONDS = 10.0
 """Silence of a stage that has no KV cache yet: it compiles and captures, which may hold up all of its threads, and
 nobody has anything to lose there."""
@@ -36,8 +35,7 @@ class Detector:
         heard = {channel: channel.heard for channel in channels if channel.connected}
         self._silences = self._silences.after(now, heard, TICK_SECONDS)
         for channel, seconds in self._silences.of.items():
-            # A stage keeps the interval that it was greeted with, whatever a newer plan says.
-            limit = max(limits.heartbeat_timeout_seconds, 2 * channel.heartbeat_interval_seconds)
+            limit = silence_limit(channel, limits)
             if seconds > (limit if channel.has_kv else max(limit, STARTING_SECONDS)):
                 yield channel, seconds
 
@@ -77,6 +75,11 @@ class Detector:
         again = now - self._victims.get(receiver, float("-inf")) < SAME_VICTIM_SECONDS
         self._victims[receiver] = now
         return receiver if again else sender
+
+
+def silence_limit(channel: Channel, limits: Limits) -> float:
+    """A stage keeps the interval that it was greeted with, whatever a newer plan says."""
+    return max(limits.heartbeat_timeout_seconds, 2 * channel.heartbeat_interval_seconds)
 
 
 def _facts(channel: Channel, stamp: Stamp) -> Facts:

@@ -33,10 +33,11 @@ from resilientllm_worker.engine.channel import (
     StageGone,
     StepRefused,
 )
-from resilientllm_worker.engine.detection import TICK_SECONDS, Detector
+from resilientllm_worker.engine.detection import Detector, silence_limit
 from resilientllm_worker.engine.move import Move, Phase, advance
 from resilientllm_worker.engine.recoveries import Recoveries
 from resilientllm_worker.engine.report import View, engine_state
+from resilientllm_worker.engine.silence import TICK_SECONDS
 from resilientllm_worker.engine.stitching import LINK_GRACE_SECONDS, Holding, Incarnations, stitch_all
 from resilientllm_worker.engine.suspicion import Suspicion
 from resilientllm_worker.engine.topology import Assignment, Sight, assign, is_complete, keepers
@@ -740,7 +741,9 @@ class Pipeline:
             channel.send(Fence(stamp))
         fenced = time.monotonic()
         self._asked.update(channels)
-        answer = stitch_all(stamp, channels, self._incarnations)
+        assert self._plan is not None
+        silence_seconds = max(silence_limit(channel, self._plan.limits) for channel in channels)
+        answer = stitch_all(stamp, channels, self._incarnations, silence_seconds)
         if isinstance(answer, StageId):
             self._bars.add(answer, time.monotonic())
             return False

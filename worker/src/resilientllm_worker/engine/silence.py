@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+TICK_SECONDS = 0.1
 LATE_TICKS = 2
 
 K = TypeVar("K", bound=Hashable)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 from resilientllm_api.plan import StageId
 
 from resilientllm_worker.engine.channel import CannotLink, Channel, StageGone
+from resilientllm_worker.engine.silence import TICK_SECONDS, Silences
 from resilientllm_worker.protocol.blocks import unpack_blocks, unpack_numbers
 from resilientllm_worker.protocol.messages import Stamp, Stitch, Stitched
 
@@ -49,10 +52,13 @@ class Stitching:
     newcomers: tuple[Holding, ...]
 
 
-def stitch_all(stamp: Stamp, channels: tuple[Channel, ...], before: Incarnations) -> Stitching | StageId:
+def stitch_all(
+    stamp: Stamp, channels: tuple[Channel, ...], before: Incarnations, silence_seconds: float
+) -> Stitching | StageId:
     """Stitch ``channels``, in pipeline order. Returns the stage that is to blame if that could not be done.
 
     ``before``: who was stitched last. Stages that were not among them are asked what they hold, but for the first time.
+    ``silence_seconds``: a stage that owes an answer, and says nothing at all for longer, is not waited for.
     """
     futures: dict[StageId, Future[Stitched]] = {}
     incarnations = tuple((channel.id, channel.welcome.boot if channel.welcome else "") for channel in channels)
@@ -62,7 +68,9 @@ def stitch_all(stamp: Stamp, channels: tuple[Channel, ...], before: Incarnations
         futures[channel.id] = channel.call(
             lambda call, following=following, new=fresh[place]: Stitch(call, stamp, following, new)  # type: ignore[misc]
         )
-    wait(futures.values(), STITCH_SECONDS, return_when=FIRST_EXCEPTION)
+    if (silent := _await(futures, channels, silence_seconds)) is not None:
+        logger.error("stage %s fell silent within a stitch", silent)
+        return silent
     if any(isinstance(_error(future), CannotLink) for future in futures.values()):
         # Of a stage that has just died, its neighbour may know before we do.
         wait(futures.values(), LINK_GRACE_SECONDS)
@@ -82,6 +90,25 @@ def stitch_all(stamp: Stamp, channels: tuple[Channel, ...], before: Incarnations
         if fresh[place]
     )
     return Stitching(incarnations, min(answer.capacity_blocks for answer in answers), newcomers)
+
+
+def _await(
+    futures: Mapping[StageId, Future[Stitched]], channels: tuple[Channel, ...], silence_seconds: float
+) -> StageId | None:
+    """Wait until all have answered, one cannot, or the time is over. Returns a stage that fell silent meanwhile."""
+    silences: Silences[StageId] = Silences(now := time.monotonic())
+    end = now + STITCH_SECONDS
+    while now < end:
+        done, waiting = wait(futures.values(), min(TICK_SECONDS, end - now), return_when=FIRST_EXCEPTION)
+        if not waiting or any(future.exception() is not None for future in done):
+            return None
+        now = time.monotonic()
+        owing = {channel.id: channel.heard for channel in channels if not futures[channel.id].done()}
+        silences = silences.after(now, owing, TICK_SECONDS)
+        for stage, seconds in silences.of.items():
+            if seconds > silence_seconds:
+                return stage
+    return None
 
 
 def _error(future: Future[Stitched]) -> BaseException | None:
