@@ -43,13 +43,13 @@ $(SYNCED): uv.lock pyproject.toml api/pyproject.toml cli/pyproject.toml operator
 	@touch $@
 
 # Everything is one pytest run, so that its last lines tell all. Root conftest.py puts the quick tests first.
-test: setup ## everything: lint, types, import rules, unit, contract, integration, and the cluster (root)
-	@$(RUN) pytest $(PYTEST_ARGS)
+test: setup ## all but the longest: lint, types, import rules, unit, contract, integration, the cluster (root)
+	@$(RUN) pytest -m 'not long' $(PYTEST_ARGS)
 
 unit: setup ## checks, unit and contract tests: no vLLM process, no cluster
 	@$(RUN) pytest -m 'not engine and not cluster' $(PYTEST_ARGS)
 
-e2e: setup ## the tests on a real cluster only (root)
+e2e: setup ## the tests on a real cluster only, also the longest (root)
 	@$(RUN) pytest -m cluster $(PYTEST_ARGS)
 
 lint: setup ## ruff: rules and format

@@ -11,6 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A run says the same of the same code, on a slow machine too; `--hypothesis-profile=random` looks further.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("same")
 
 RUN_VARIABLE = "RESILIENTLLM_TEST_RUN"
 """Marks everything that a run starts: environments are inherited, also by processes that left their parent."""

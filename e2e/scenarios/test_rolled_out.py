@@ -10,7 +10,7 @@ from e2e.scenarios import fault
 from e2e.scenarios.load import LEISURELY_SECONDS
 from e2e.scenarios.scenario import TIMEOUT_SECONDS, Scenario
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(TIMEOUT_SECONDS)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(TIMEOUT_SECONDS)]
 
 BOUND_SECONDS = 240.0
 

@@ -9,7 +9,7 @@ from e2e.scenarios.load import LEISURELY_SECONDS
 from e2e.scenarios.look import Look
 from e2e.scenarios.scenario import TIMEOUT_SECONDS, Scenario
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(TIMEOUT_SECONDS)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(TIMEOUT_SECONDS)]
 
 BOUND_SECONDS = 180.0
 

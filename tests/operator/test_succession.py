@@ -191,6 +191,17 @@ class TestAMove:
         world = silent(with_successor(going(), ready=True, ready_since=NOW), 0)
         assert deleted(world) == []
 
+    def test_waits_until_an_engine_has_been_asked_that_did_not_run_when_it_was_last(self) -> None:
+        """It may have come back while no operator was there, and then it went to the stages of its plan."""
+        state = engine_state(0)
+        stages = tuple(each.model_copy(update={"served_by": None}) for each in state.stages)
+        nowhere = state.model_copy(update={"stages": stages, "serving": False, "phase": EnginePhase.WAITING})
+        before = with_successor(going(), ready=True, ready_since=NOW)
+        known = replace(before.object, status=status_of(with_engine(going(), 0, nowhere)))
+        world = replace(before, object=known)
+        assert deleted(replace(world, engines={})) == []
+        assert deleted(silent(world, 0)) == [pod(world.object, PLACE).name]
+
     def test_is_called_off_when_nothing_speaks_against_the_node_any_more(self) -> None:
         world = with_node(with_successor(going()), "node-1", unschedulable=False)
         assert deleted(world) == [next_pod(world).name]

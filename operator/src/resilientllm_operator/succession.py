@@ -16,7 +16,7 @@ from resilientllm_api.plan import StageId
 
 from resilientllm_operator.names import Role, Slot, slots
 from resilientllm_operator.signals import Signals
-from resilientllm_operator.world import PodView, World
+from resilientllm_operator.world import Contact, PodView, World
 
 PATIENCE = timedelta(seconds=60)
 """So long a new pod that is ready waits until engines do without the old one. Longer, and it is not going to happen:
@@ -112,8 +112,8 @@ def users(world: World) -> Mapping[StageId, frozenset[int]]:
 def _places(world: World) -> Iterator[tuple[int, int, StageId | None, StageId | None]]:
     """Instance and place, who serves it, and who keeps its copies."""
     for instance in range(world.instances):
-        state = world.engine(world.engine_pod(instance)).state
-        if state is not None:
+        engine = world.engine(world.engine_pod(instance))
+        if (state := engine.state) is not None:
             keepers = {each.stage: each.kept_by for each in state.replication}
             for serving in state.stages:
                 yield instance, serving.stage, serving.served_by, keepers.get(serving.stage)
@@ -122,7 +122,11 @@ def _places(world: World) -> Iterator[tuple[int, int, StageId | None, StageId | 
         for before in world.object.status.instances:
             if before.instance == instance:
                 for stage in before.stages:
-                    yield instance, stage.stage, _parse(stage.served_by), _parse(stage.kept_by)
+                    server = _parse(stage.served_by)
+                    if server is None and engine.contact is Contact.UNKNOWN:
+                        # It may have come back while nobody asked it, and goes to its own stages then.
+                        server = StageId(instance=instance, stage=stage.stage)
+                    yield instance, stage.stage, server, _parse(stage.kept_by)
 
 
 def _occupant(world: World, slot: Slot) -> PodView | None:
