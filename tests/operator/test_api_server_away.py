@@ -13,7 +13,7 @@ from resilientllm_operator.kube import RESOURCES
 
 from tests.operator.story import Simulation, Tell, create
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 AWAY_SECONDS = 12.0
 """Rounds, relists and attempts to write would all have come in this time."""

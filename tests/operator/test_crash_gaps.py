@@ -12,7 +12,7 @@ import pytest
 from tests.operator.story import NAME, SLOTS, Simulation, Tell, create
 
 _FOUND = {"StageLeaving", "NodeWarning"}
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 async def lose_a_node(it: Simulation, slot: str = "0-s1") -> None:
