@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -66,15 +67,17 @@ class LoneControlPlane:
     def __enter__(self) -> Self:
         pki.make(self.layout)
         self._services = {each.name: each for each in control_plane.services(self.layout)}
-        try:
+        with ExitStack() as whole:
+            whole.callback(self._end)
             for name in self._wanted:
                 self.start(name)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            whole.pop_all()
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for name in list(self._running):
             self.stop(name)
         shutil.rmtree(self.layout.control_plane / "etcd", ignore_errors=True)

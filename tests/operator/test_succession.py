@@ -13,6 +13,7 @@ from resilientllm_operator.actions import Announce, CreatePod, DeletePod, Publis
 from resilientllm_operator.draining import SETTLE
 from resilientllm_operator.names import Slot
 from resilientllm_operator.node_affinity import nodes_kept_off
+from resilientllm_operator.signals import NOT_READY_PATIENCE
 from resilientllm_operator.succession import PATIENCE
 from resilientllm_operator.world import Ailment, Exit, PodView, Waiting, World
 
@@ -353,6 +354,14 @@ class TestAPodThatEnds:
 
 
 class TestTheSuccessor:
+    def test_is_not_given_up_at_once_for_a_node_that_is_called_not_ready_by_mistake(self) -> None:
+        """It cannot be heard yet, since no engine knows it; and the older, which is lost, says nothing of it."""
+        lost = with_condition(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1)), "node-1", "Ready", "Unknown")
+        waiting = with_successor(settled(lost), node="node-0", ip=None)
+        flickers = with_condition(waiting, "node-0", "Ready", "Unknown", since=NOW)
+        assert deleted(waiting) == deleted(flickers) == []
+        assert deleted(flickers, NOW + NOT_READY_PATIENCE) == [next_pod(flickers).name]
+
     def test_that_has_to_go_itself_gives_way_to_another(self) -> None:
         world = with_successor(going(), uid="uid-next-0.1")
         worse = with_node(world, "node-free", unschedulable=True)

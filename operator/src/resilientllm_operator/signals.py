@@ -76,7 +76,9 @@ def signals_of(world: World, avoided: Mapping[str, str], now: datetime) -> Signa
 
 
 def is_heard(world: World, pod: PodView) -> bool:
-    """Whether the stage's own engine is connected to it. As long as that is not known, nothing is lost."""
+    """Whether the stage's own engine is connected to it. As long as that cannot be known, nothing is lost."""
+    if not _is_told_of(world, pod):
+        return True
     engine = world.engine_pod(pod.slot.instance)
     view = world.engine(engine)
     if view.state is None:
@@ -85,6 +87,11 @@ def is_heard(world: World, pod: PodView) -> bool:
         unknown = view.contact is Contact.UNKNOWN and engine is not None and engine.ip is not None
         return unknown and not _was_left(world, pod)
     return any(each.own_connected for each in view.state.stages if each.stage == pod.slot.stage)
+
+
+def _is_told_of(world: World, pod: PodView) -> bool:
+    """Whether engines know this pod: it fills its slot, and not only waits to do so."""
+    return any(stage.pod == pod.name for each in world.object.status.instances for stage in each.stages)
 
 
 def _was_left(world: World, pod: PodView) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ SECONDS = 60.0
 
 
 def possible() -> bool:
+    """Also for root, where it is not: what keeps root from it is a fault of the machine's set-up, and has to show."""
+    if os.geteuid() == 0:
+        return True
     if any(shutil.which(program) is None for program in PROGRAMS):
         return False
     return subprocess.run([*WALL, "true"], capture_output=True, check=False).returncode == 0
