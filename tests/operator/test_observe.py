@@ -54,6 +54,23 @@ def test_a_new_pod_has_nothing_yet() -> None:
     assert (view.ip, view.ready, view.leaving) == (None, False, False)
 
 
+@pytest.mark.parametrize(
+    ("began", "status", "turned", "loads"),
+    [
+        ("2026-11-20T12:00:05Z", "False", "2026-11-20T12:00:04Z", True),
+        ("2026-11-20T12:00:05Z", "False", "2026-11-20T12:00:05Z", True),
+        ("2026-11-20T12:00:05Z", "True", "2026-11-20T12:00:30Z", False),
+        ("2026-11-20T12:00:05Z", "False", "2026-11-20T12:10:00Z", False),
+        (None, "False", "2026-11-20T12:00:04Z", False),
+    ],
+    ids=["not ready yet", "in the same second", "ready", "was ready", "does not run"],
+)
+def test_a_pod_loads_until_it_was_ready_once(began: str | None, status: str, turned: str, loads: bool) -> None:
+    container = with_container(state={"running": {"startedAt": began}} if began else {"waiting": {"reason": "Soon"}})
+    ready = {"type": "Ready", "status": status, "lastTransitionTime": turned}
+    assert observed({**container, "conditions": [ready]}).loads is loads
+
+
 def test_a_terminating_pod_is_leaving() -> None:
     view = observed(RUNNING, deletionTimestamp="2026-11-21T12:00:00Z")
     assert view.leaving and not view.ended

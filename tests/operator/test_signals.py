@@ -117,6 +117,11 @@ class TestANodeThatIsNotReady:
         signal = said(lost)
         assert signal is not None and signal.action is BORROW
 
+    def test_may_be_called_so_by_mistake_while_its_stage_loads_and_cannot_be_heard(self) -> None:
+        lost = with_node(with_engine(healthy_world(), 0, borrowed(0, 1, donor=1)), "node-1", **not_ready(NOW))
+        signal = said(with_pod(lost, stage(0, 1), ready=False, loads=True))
+        assert signal is not None and signal.action is WARN
+
     def test_is_no_loss_before_the_engine_was_asked(self) -> None:
         """An operator that has just begun knows of no engine what it says."""
         signal = said(replace(with_node(healthy_world(), "node-1", **not_ready(NOW)), engines={}))

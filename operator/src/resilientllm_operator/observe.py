@@ -149,6 +149,7 @@ def _view_pod(pod: Json) -> PodView | None:
         ends_by=_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         ready=ready.get("status") == "True",
         ready_since=_time(ready["lastTransitionTime"]) if ready.get("lastTransitionTime") else None,
+        loads=_loads(container, ready),
         restarts=container.get("restartCount", 0),
         unschedulable=_unschedulable(status),
         waiting=_waiting(container),
@@ -174,6 +175,12 @@ def _unschedulable(status: Json) -> str | None:
     if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
         return str(scheduled.get("message") or "the scheduler does not say why")
     return None
+
+
+def _loads(container: Json, ready: Json) -> bool:
+    """Not ready since before the process at hand began. One that was ready has turned since."""
+    began, since = container.get("state", {}).get("running", {}).get("startedAt"), ready.get("lastTransitionTime")
+    return bool(ready.get("status") != "True" and began and since and _time(since) <= _time(began))
 
 
 def _waiting(container: Json) -> Waiting | None:

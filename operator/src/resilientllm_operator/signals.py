@@ -77,7 +77,7 @@ def signals_of(world: World, avoided: Mapping[str, str], now: datetime) -> Signa
 
 def is_heard(world: World, pod: PodView) -> bool:
     """Whether the stage's own engine is connected to it. As long as that cannot be known, nothing is lost."""
-    if not _is_told_of(world, pod):
+    if pod.loads or not _is_told_of(world, pod):
         return True
     engine = world.engine_pod(pod.slot.instance)
     view = world.engine(engine)

@@ -103,6 +103,8 @@ class PodView:
     """When its time to end in order is over; None if nobody has asked it to end."""
     ready: bool = False
     ready_since: datetime | None = None
+    loads: bool = False
+    """Its process runs, and has not been ready yet."""
     restarts: int = 0
     unschedulable: str | None = None
     """The scheduler's message."""
