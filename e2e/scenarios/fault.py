@@ -25,6 +25,7 @@ DRAIN_SECONDS = 90
 
 _LANDS_SECONDS = 10.0
 _REACH_SECONDS = 2
+_KUBELET_PORT = 10250
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,21 @@ def partition_node(ground: Ground, pod: Pod) -> Fault:
 
 
 def heal_node(ground: Ground, pod: Pod) -> Fault:
+    """Joins the network of a node again.
+
+    Its kubelet is the evidence, not the stage: one that was replaced meanwhile is ended as soon as the kubelet hears
+    of that, which may be before anybody could look.
+    """
     node = node_of(pod)
+    kubelet = str(ground.cluster.layout.node(node).address)
     clock = Clock()
     ground.cluster.heal_node(node)
-    wait_until(lambda: can_reach(ground, pod), f"{pod.ip} to be reached again", timeout_seconds=_LANDS_SECONDS)
-    return clock.fault(f"network of {node} joined", f"{pod.ip} is reached again")
+    wait_until(
+        lambda: _takes(ground, kubelet, _KUBELET_PORT),
+        f"the kubelet of {node} to be reached again",
+        timeout_seconds=_LANDS_SECONDS,
+    )
+    return clock.fault(f"network of {node} joined", f"its kubelet is reached at {kubelet}")
 
 
 def delete_pod(ground: Ground, pod: Pod) -> Fault:
@@ -212,8 +223,12 @@ def pids_of(ground: Ground, pod: Pod) -> list[int]:
 
 def can_reach(ground: Ground, pod: Pod) -> bool:
     """Whether a connection to a stage is taken, from where the clients are."""
+    return pod.ip is not None and _takes(ground, pod.ip, STAGE_PORT)
+
+
+def _takes(ground: Ground, host: str, port: int) -> bool:
     netns = network.netns_file(ground.cluster.layout.fabric)
-    dial = f"exec 3<>/dev/tcp/{pod.ip}/{STAGE_PORT}"
+    dial = f"exec 3<>/dev/tcp/{host}/{port}"
     try:
         run("nsenter", f"--net={netns}", "timeout", str(_REACH_SECONDS), "bash", "-c", dial)
     except CommandFailed:
