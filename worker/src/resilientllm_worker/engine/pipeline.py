@@ -401,7 +401,8 @@ class Pipeline:
                 self._fail_if_own(event)
             case Lost():
                 logger.warning("stage %s is lost: %s (%s)", event.channel.id, event.reason, event.detail)
-                if event.reason is LossReason.UNREACHABLE:  # it may be dialled at once, and as deaf as before
+                if event.reason in (LossReason.SILENCE, LossReason.UNREACHABLE):
+                    # It can be dialled at once, perhaps, and may be as slow or deaf as before.
                     self._bars.add(event.channel.id, time.monotonic())
                 self._settle_topology(event.channel.id, event.reason, event.at)
             case Leaving():
