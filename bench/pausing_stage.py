@@ -1,8 +1,9 @@
 """A stage that is held up as Python's garbage collector may do it: now and then, all of its threads at once.
 
-For `bench.suspicions`. Every GARBAGE_PERIOD seconds a thread collects over all that the process has, which holds the
-interpreter's lock: GARBAGE_OBJECTS objects of its own, and what the stage has spared the collector. A step of a
-thousand tokens or more takes LONG_STEP_SECONDS besides, as the prefill of a large model does: without taking CPU.
+For `bench.suspicions`. Every GARBAGE_PERIOD seconds a thread has the collector look at GARBAGE_OBJECTS objects, which
+holds the interpreter's lock. They are made after the stage has spared the collector all that it has started with. A
+step of a thousand tokens or more takes LONG_STEP_SECONDS besides, as the prefill of a large model does: without taking
+CPU.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ stock = Model.run
 
 def collect() -> None:
     kept: list[Any] = []
+    while not gc.get_freeze_count():
+        time.sleep(PERIOD_SECONDS)
     for _ in range(OBJECTS):
         kept.append([kept])
     while True:
         time.sleep(PERIOD_SECONDS)
         started = time.monotonic()
-        gc.unfreeze()
         gc.collect()
         print(f"collected for {time.monotonic() - started:.3f} s", file=sys.stderr, flush=True)
 

@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--hogs", type=int, default=os.cpu_count() or 1, help="processes that take CPU, all the time")
     parser.add_argument("--streams", type=int, default=4, help="of each engine")
-    parser.add_argument("--garbage", type=int, default=500_000, help="objects that are collected over")
+    parser.add_argument("--garbage", type=int, default=300_000, help="objects that are collected over")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/suspicions.json"))
     arguments = parser.parse_args()
     env = {"GARBAGE_OBJECTS": str(arguments.garbage), "GARBAGE_PERIOD": "7", "LONG_STEP_SECONDS": "2.0"}
