@@ -18,7 +18,7 @@ from resilientllm_worker.tenancy.home import HomeBlocks
 from resilientllm_worker.tenancy.pool import Pool
 from resilientllm_worker.tenancy.translate import from_runner, to_runner
 from resilientllm_worker.transport.connection import Connection, dial
-from resilientllm_worker.transport.frame import HEADER, Limits, decode_message, encode_frame
+from resilientllm_worker.transport.frame import HEADER_BYTES, Limits, decode_message, encode_frame
 from resilientllm_worker.transport.link import LinkSender
 from resilientllm_worker.transport.listener import Listener
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
@@ -45,7 +45,7 @@ def main(requests: int) -> None:
     both = [to_runner(step, "0/", home, 16), to_runner(step, "1/", guest, 16)]
     order = [request for each in both for request, _ in each.num_scheduled_tokens]
     of_both = msgspec.structs.replace(result, requests=order, sampled_token_ids=[[5]] * 2 * requests)
-    step_frame, result_frame = (encode_frame(message, (), limits)[0][HEADER.size :] for message in (step, result))
+    step_frame, result_frame = (encode_frame(message, (), limits)[0][HEADER_BYTES:] for message in (step, result))
     parts: list[tuple[str, Callable[[], object]]] = [
         ("encode step", lambda: encode_frame(encode_step(scheduled, None, STAMP, 1), (), limits)),
         ("decode step", lambda: decode_step(decode_message(step_frame))),  # type: ignore[arg-type]

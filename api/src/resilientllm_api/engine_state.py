@@ -44,6 +44,8 @@ class LossReason(StrEnum):
     """It is heard, and what it is told does not reach it."""
     HANG = "StepOverdue"
     """It is in one step for longer than any honest one takes."""
+    CORRUPT = "FrameCorrupt"
+    """What arrived from it was not what it sent."""
 
 
 class RecoveryKind(StrEnum):

@@ -119,6 +119,13 @@ class FakeStage:
         sampled = [[7] * tokens for _ in requests]
         self.say(StepResult(stamp or step.stamp, step.step, requests, sampled, None, [], None), instance)
 
+    def answer_corruptly(self, step: Step, instance: int = 0) -> None:
+        """The right tokens, and on the way one of them becomes another."""
+        requests = [request for request, _ in step.num_scheduled_tokens]
+        result = StepResult(step.stamp, step.step, requests, [[7] for _ in requests], None, [], None)
+        frame = b"".join(self._engines[instance].encode(result))
+        self._engines[instance].send_parts([memoryview(frame[::-1].replace(b"\x07", b"\x08", 1)[::-1])])
+
     def link_lost(self, stamp: Stamp, neighbour: int) -> None:
         self.say(LinkLost(stamp, neighbour, "the link broke"))
 

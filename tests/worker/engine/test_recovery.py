@@ -379,6 +379,16 @@ class TestAStageThatReturns:
                 world.wait_serving("0.0", "0.1")
 
 
+def test_a_stage_whose_words_arrive_corrupt_is_lost() -> None:
+    with World() as world:
+        world.attach()
+        step, future = world.submit()
+        world["0.1"].answer_corruptly(step)
+        assert lost(future)
+        (recovery,) = world.wait(lambda state: state.recoveries_total == 1).recoveries
+        assert recovery.reason is LossReason.CORRUPT
+
+
 class TestSilence:
     def test_a_stage_that_says_nothing_is_lost_after_the_timeout(self) -> None:
         with World(heartbeat_timeout_seconds=1.0) as world:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from resilientllm_worker.protocol.messages import Message, Stamp
-from resilientllm_worker.transport.frame import HEADER, Limits, decode_message, encode_frame
+from resilientllm_worker.transport.frame import HEADER_BYTES, Limits, decode_message, encode_frame
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -15,7 +15,7 @@ STAMP = Stamp(2, 5)
 def over_the_wire(message: Message) -> Any:
     """``message`` as the peer gets it."""
     (frame,) = encode_frame(message, (), Limits())
-    return decode_message(frame[HEADER.size :])
+    return decode_message(frame[HEADER_BYTES:])
 
 
 def a_new_request(request: str = "n", **changes: Any) -> NewRequestData:

@@ -1,10 +1,10 @@
 """What engines, strangers and time do to a stage's connections, and what the stage makes of it."""
 
 import socket
-import struct
 from unittest.mock import Mock
 
 import pytest
+import torch
 from resilientllm_worker.protocol.messages import (
     PROTOCOL_VERSION,
     DescribeKV,
@@ -19,6 +19,7 @@ from resilientllm_worker.protocol.messages import (
     Stitched,
 )
 from resilientllm_worker.seams.errors import Malformed, Unsupported
+from resilientllm_worker.stage.activations import describe
 from resilientllm_worker.transport.address import parse_address
 from resilientllm_worker.transport.connection import Connection, dial
 from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed
@@ -31,8 +32,10 @@ from tests.worker.stage.builders import (
     Engine,
     Neighbour,
     Stage,
+    a_step,
     closing,
 )
+from tests.worker.transport.builders import a_frame
 
 UNUSED_ADDRESS = "127.0.0.1:1"
 
@@ -232,9 +235,9 @@ class TestStrangers:
     @pytest.mark.parametrize(
         "frame",
         [
-            struct.pack("!IQ", 0xFFFFFFFF, 0),
-            struct.pack("!IQ", 4, 1 << 60) + b"\x93abc",
-            struct.pack("!IQ", 4, 0) + b"\xc1\xc1\xc1\xc1",
+            a_frame(b"", message_bytes=0xFFFFFFFF),
+            a_frame(b"\x93abc", body_bytes=1 << 60),
+            a_frame(b"\xc1\xc1\xc1\xc1"),
         ],
         ids=["oversized message", "oversized body", "not msgpack"],
     )
@@ -246,6 +249,32 @@ class TestStrangers:
                 with pytest.raises(ConnectionClosed):
                     peer.receive()
             self.serves_on(stage, engine)
+
+    def test_a_corrupt_command_ends_its_engine_and_is_counted(self) -> None:
+        with Stage(stage=0) as stage, closing(engine := Engine(stage.address), other := Engine(stage.address, GUEST)):
+            engine.stitch(epoch=1)
+            frame = bytearray(b"".join(engine.connection.encode(a_step(0, epoch=1))))
+            frame[-1] ^= 1
+            engine.connection.send_parts([memoryview(frame)])
+            assert engine.ended.wait(PATIENCE_SECONDS)
+            assert stage.server.counts["corruptFrames"] == 1
+            other.stitch(epoch=1)
+            other.step(0, epoch=1)
+            other.expect(StepResult)
+        assert [step.new[0].request for step in stage.model.steps] == ["1/r"]
+
+    def test_corrupt_hidden_states_are_never_used_and_the_link_is_reported(self) -> None:
+        with Stage(stage=1) as stage, closing(engine := Engine(stage.address)):
+            engine.stitch(epoch=1)
+            with closing(link := Neighbour(stage.address, epoch=1)):
+                engine.step(0, epoch=1)
+                header, buffers = describe({"hidden": torch.tensor([1.0])}, Stamp(1, 1), 0)
+                *parts, body = link.connection.encode(header, buffers)
+                link.connection.send_parts([*parts, memoryview(bytes([body[0] ^ 1]) + bytes(body[1:]))])
+                report = engine.expect(LinkLost)
+            assert (report.stamp, report.stage) == (Stamp(1, 1), 0)
+            assert "corrupt" in report.detail
+        assert not stage.model.steps
 
     def test_a_message_that_is_no_hello(self) -> None:
         with Stage(stage=0) as stage, closing(engine := Engine(stage.address)):

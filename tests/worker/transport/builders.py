@@ -12,6 +12,7 @@ from typing import Any
 
 from resilientllm_worker.protocol.messages import Activation, CachedRequests, Message, Stamp, Step, TensorHeader
 from resilientllm_worker.transport.connection import Connection
+from resilientllm_worker.transport.frame import Header, checksum
 from resilientllm_worker.transport.listener import Listener
 
 TOKEN = b"a token that both ends know"
@@ -32,6 +33,12 @@ def a_step(requests: int = 2, step: int = 1) -> Step:
 def an_activation(*sizes: int, step: int = 1) -> Activation:
     """An activation of one-dimensional byte tensors."""
     return Activation(STAMP, step, [TensorHeader(f"t{place}", "uint8", (n,), n) for place, n in enumerate(sizes)])
+
+
+def a_frame(message: bytes, body_bytes: int = 0, message_bytes: int | None = None) -> bytes:
+    """A frame that is not corrupt, whatever else is wrong with it, but for its body."""
+    announced = len(message) if message_bytes is None else message_bytes
+    return Header(announced, body_bytes, checksum([message])).pack() + message
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

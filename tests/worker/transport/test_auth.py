@@ -63,7 +63,7 @@ def test_a_dialer_with_another_token_is_refused_and_told_nothing(pair: Pair) -> 
 def test_a_listener_that_cannot_prove_the_token_is_refused(pair: Pair) -> None:
     dialer, impostor = pair
     dialing = InThread(lambda: authenticate_dialer(dialer, TOKEN))
-    impostor.sendall(b"RLLM" + (1).to_bytes(2, "big") + bytes(32))
+    impostor.sendall(b"RLLM" + (2).to_bytes(2, "big") + bytes(32))
     exactly(impostor, GREETING_BYTES + PROOF_BYTES)
     impostor.sendall(bytes(PROOF_BYTES))
     with pytest.raises(AuthenticationError, match="does not know our token"):
@@ -73,7 +73,7 @@ def test_a_listener_that_cannot_prove_the_token_is_refused(pair: Pair) -> None:
 def test_a_listener_that_returns_our_own_proof_is_refused(pair: Pair) -> None:
     dialer, mirror = pair
     dialing = InThread(lambda: authenticate_dialer(dialer, TOKEN))
-    mirror.sendall(b"RLLM" + (1).to_bytes(2, "big") + bytes(32))
+    mirror.sendall(b"RLLM" + (2).to_bytes(2, "big") + bytes(32))
     mirror.sendall(exactly(mirror, GREETING_BYTES + PROOF_BYTES)[GREETING_BYTES:])
     with pytest.raises(AuthenticationError, match="does not know our token"):
         dialing.result()
@@ -94,7 +94,7 @@ def test_a_proof_seen_once_is_worth_nothing_the_next_time() -> None:
     near, far = tcp_pair()
     with near, far:
         dialing = InThread(lambda: authenticate_dialer(near, TOKEN, deadline_seconds=0.5))
-        far.sendall(b"RLLM" + (1).to_bytes(2, "big") + bytes(32))
+        far.sendall(b"RLLM" + (2).to_bytes(2, "big") + bytes(32))
         recorded = exactly(far, GREETING_BYTES + PROOF_BYTES)
         with pytest.raises(AuthenticationError):
             dialing.result()
@@ -129,8 +129,8 @@ class TestEitherEnd:
             authenticate(pair[0], TOKEN)
 
     def test_names_the_version_of_a_peer_that_is_newer(self, pair: Pair, authenticate: Authenticate) -> None:
-        pair[1].sendall(b"RLLM" + (2).to_bytes(2, "big") + bytes(64))
-        with pytest.raises(AuthenticationError, match="version 1, found version 2"):
+        pair[1].sendall(b"RLLM" + (3).to_bytes(2, "big") + bytes(64))
+        with pytest.raises(AuthenticationError, match="version 2, found version 3"):
             authenticate(pair[0], TOKEN)
 
     def test_says_that_the_peer_closed(self, pair: Pair, authenticate: Authenticate) -> None:

@@ -19,12 +19,13 @@ from resilientllm_worker.transport.connection import (
     dial,
 )
 from resilientllm_worker.transport.errors import AuthenticationError
-from resilientllm_worker.transport.frame import HEADER
+from resilientllm_worker.transport.frame import HEADER_BYTES
 
 from tests.worker.transport.builders import (
     STAMP,
     TOKEN,
     InThread,
+    a_frame,
     a_step,
     allocate,
     an_activation,
@@ -201,23 +202,23 @@ class TestBrokenRules:
                 connection.send(a_step())
 
     def test_a_message_above_the_limit(self) -> None:
-        self.raises(HEADER.pack(1001, 0), "1001 bytes is above the limit of 1000", message_bytes=1000)
+        self.raises(a_frame(b"", message_bytes=1001), "1001 bytes is above the limit of 1000", message_bytes=1000)
 
     def test_a_body_that_the_message_does_not_announce(self) -> None:
         with half_connected() as (connection, _):
-            message = b"".join(connection.encode(a_step()))[HEADER.size :]
-        self.raises(HEADER.pack(len(message), 5) + message, "announces a body of 0 bytes, found 5")
+            message = b"".join(connection.encode(a_step()))[HEADER_BYTES:]
+        self.raises(a_frame(message, 5), "announces a body of 0 bytes, found 5")
 
     def test_a_body_above_the_limit_although_announced(self) -> None:
         with half_connected() as (connection, _):
-            message = b"".join(connection.encode(an_activation(300), [bytes(300)]))[HEADER.size : -300]
-        self.raises(HEADER.pack(len(message), 300) + message, "300 bytes is above the limit of 299", body_bytes=299)
+            message = b"".join(connection.encode(an_activation(300), [bytes(300)]))[HEADER_BYTES:-300]
+        self.raises(a_frame(message, 300), "300 bytes is above the limit of 299", body_bytes=299)
 
     def test_tensors_of_negative_size(self) -> None:
         with half_connected() as (connection, _):
-            message = b"".join(connection.encode(an_activation(0, 0), []))[HEADER.size :]
+            message = b"".join(connection.encode(an_activation(0, 0), []))[HEADER_BYTES:]
         message = message.replace(b"\x91\x00\x00", b"\x91\x00\xff", 1)  # shape (0,), nbytes 0 -> -1
-        self.raises(HEADER.pack(len(message), 0) + message, "claims -1 bytes")
+        self.raises(a_frame(message), "claims -1 bytes")
 
     def test_an_activation_on_a_command_channel(self) -> None:
         with half_connected() as (connection, _):
@@ -235,22 +236,22 @@ class TestBrokenRules:
         [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x92\xa4Step\x01", b"\x92\xa7Unknown\x01", b"\x91\xa9Heartbeat"],
     )
     def test_something_that_is_no_message(self, message: bytes) -> None:
-        self.raises(HEADER.pack(len(message), 0) + message, "not a message of our protocol")
+        self.raises(a_frame(message), "not a message of our protocol")
 
     def test_text_that_is_no_text(self) -> None:
         message = b"\x92\xacStageFailing\xa2\xff\xfe"
-        self.raises(HEADER.pack(len(message), 0) + message, "not a message of our protocol")
+        self.raises(a_frame(message), "not a message of our protocol")
 
     def test_nesting_without_end(self) -> None:
         message = b"\x91" * 100_000
-        self.raises(HEADER.pack(len(message), 0) + message, "not a message of our protocol")
+        self.raises(a_frame(message), "not a message of our protocol")
 
     def test_the_length_of_a_message_that_never_comes_takes_no_memory(self) -> None:
         with half_connected() as (connection, peer):
             tracemalloc.start()
             try:
                 reading = InThread(connection.receive)
-                peer.sendall(HEADER.pack(60 << 20, 0) + bytes(100_000))
+                peer.sendall(a_frame(bytes(100_000), message_bytes=60 << 20))
                 time.sleep(0.2)
                 _, peak = tracemalloc.get_traced_memory()
             finally:
@@ -301,7 +302,7 @@ class TestTheEnd:
 
     def test_in_the_middle_of_a_frame_is_told_apart(self) -> None:
         with half_connected() as (connection, peer):
-            peer.sendall(HEADER.pack(100, 0) + b"x")
+            peer.sendall(a_frame(b"x", message_bytes=100))
             peer.close()
             with pytest.raises(ConnectionClosed, match="within a frame"):
                 connection.receive()

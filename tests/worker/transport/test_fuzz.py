@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from resilientllm_worker.protocol.messages import (
+    Activation,
     Array,
     CachedRequests,
     Grammar,
@@ -19,15 +20,16 @@ from resilientllm_worker.protocol.messages import (
     Step,
     StepResult,
 )
-from resilientllm_worker.transport.connection import ConnectionClosed, ProtocolError, dial
-from resilientllm_worker.transport.errors import TransportError
-from resilientllm_worker.transport.frame import HEADER, Limits, decode_message, encode_frame
+from resilientllm_worker.transport.connection import Connection, ConnectionClosed, ProtocolError, dial
+from resilientllm_worker.transport.errors import CorruptFrame, TransportError
+from resilientllm_worker.transport.frame import HEADER_BYTES, Limits, decode_message, encode_frame
 from resilientllm_worker.transport.listener import Listener
 
 from tests.worker.transport.builders import (
     STAMP,
     TOKEN,
     InThread,
+    a_frame,
     a_step,
     allocate,
     an_activation,
@@ -77,15 +79,22 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(frame)
 
 
-@given(data=st.binary(max_size=200) | mutated().map(lambda frame: frame[HEADER.size :]))
+@given(data=st.binary(max_size=200) | mutated().map(lambda frame: frame[HEADER_BYTES:]))
 @settings(max_examples=500)
 def test_decoding_yields_a_message_or_a_protocol_error(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         decode_message(memoryview(data))
 
 
-@given(data=st.binary(max_size=200) | mutated())
-@settings(max_examples=200, deadline=None)
+@st.composite
+def forged(draw: st.DrawFn) -> bytes:
+    """Not corrupt, and still no frame of ours: a peer that breaks the rules."""
+    message, body = draw(mutated())[HEADER_BYTES:], draw(st.binary(max_size=20))
+    return a_frame(message, draw(st.sampled_from([len(body), 0, 7]))) + body
+
+
+@given(data=st.binary(max_size=200) | mutated() | forged())
+@settings(max_examples=300, deadline=None)
 @pytest.mark.parametrize("kind", ["command", "link"])
 def test_a_connection_yields_messages_until_one_of_our_errors(kind: str, data: bytes) -> None:
     with half_connected(limits=Limits(message_bytes=10_000, body_bytes=10_000)) as (connection, peer):
@@ -99,6 +108,36 @@ def test_a_connection_yields_messages_until_one_of_our_errors(kind: str, data: b
                     connection.receive_into(allocate)
 
 
+@given(number=st.integers(0, len(FRAMES) - 1), place=st.floats(0, 1, exclude_max=True), flipped=st.integers(1, 255))
+@settings(max_examples=300, deadline=None)
+def test_a_frame_of_which_one_byte_is_another_is_corrupt(number: int, place: float, flipped: int) -> None:
+    """Wherever that is: in the header, the message or the hidden states."""
+    frame = bytearray(FRAMES[number])
+    frame[int(place * len(frame))] ^= flipped
+    with half_connected() as (connection, peer):
+        peer.sendall(bytes(frame) + bytes(4096))
+        with pytest.raises(CorruptFrame):
+            receive(connection, RICH[number])
+        assert connection.closed
+
+
+@given(number=st.integers(0, len(FRAMES) - 1), place=st.floats(0, 1, exclude_max=True), lost=st.integers(1, 40))
+@settings(max_examples=300, deadline=None)
+def test_a_frame_of_which_bytes_are_lost_is_never_taken_for_a_whole_one(number: int, place: float, lost: int) -> None:
+    frame, at = FRAMES[number], int(place * len(FRAMES[number]))
+    with half_connected() as (connection, peer):
+        peer.sendall(frame[:at] + frame[at + lost :] + FRAMES[0])
+        peer.shutdown(socket.SHUT_WR)
+        with pytest.raises((CorruptFrame, ConnectionClosed)):
+            receive(connection, RICH[number])
+
+
+def receive(connection: Connection, message: Message) -> object:
+    if isinstance(message, Activation):
+        return connection.receive_into(allocate)
+    return connection.receive()
+
+
 @pytest.fixture(scope="module")
 def listener() -> Iterator[Listener]:
     with listening() as serving:
@@ -110,12 +149,12 @@ def listener() -> Iterator[Listener]:
 def test_the_listener_serves_on_whatever_strangers_send(listener: Listener, data: bytes, seed: int) -> None:
     host, port = listener.address.rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout=5) as stranger:
-        greeting = b"RLLM" + (1).to_bytes(2, "big") if random.Random(seed).random() < 0.5 else b""
+        greeting = b"RLLM" + (2).to_bytes(2, "big") if random.Random(seed).random() < 0.5 else b""
         stranger.sendall(greeting + data)
     assert_serves(listener)
 
 
-@given(data=st.binary(max_size=200) | mutated())
+@given(data=st.binary(max_size=200) | mutated() | forged())
 @settings(max_examples=60, deadline=None)
 def test_the_listener_serves_on_whatever_authenticated_peers_send(listener: Listener, data: bytes) -> None:
     connection = dial(listener.address, TOKEN, 5)

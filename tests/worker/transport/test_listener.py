@@ -11,13 +11,13 @@ from resilientllm_worker.protocol.messages import Failed
 from resilientllm_worker.transport import listener as listener_module
 from resilientllm_worker.transport.address import parse_address
 from resilientllm_worker.transport.connection import Connection, ConnectionClosed, Limits, dial
-from resilientllm_worker.transport.frame import HEADER
 from resilientllm_worker.transport.listener import Listener
 
 from tests.worker.transport.builders import (
     PATIENCE_SECONDS,
     TOKEN,
     InThread,
+    a_frame,
     a_step,
     echo,
     eventually,
@@ -72,14 +72,14 @@ def reflection(listener: Listener) -> None:
 
 def oversized(listener: Listener) -> None:
     connection = dial(listener.address, TOKEN, 5)
-    connection.send_parts([memoryview(HEADER.pack((64 << 20) + 1, 0))])
+    connection.send_parts([memoryview(a_frame(b"", message_bytes=(64 << 20) + 1))])
     with pytest.raises(ConnectionClosed):
         InThread(connection.receive).result()
 
 
 def no_message(listener: Listener) -> None:
     connection = dial(listener.address, TOKEN, 5)
-    connection.send_parts([memoryview(HEADER.pack(3, 0) + b"\xc1\xc1\xc1")])
+    connection.send_parts([memoryview(a_frame(b"\xc1\xc1\xc1"))])
     with pytest.raises(ConnectionClosed):
         InThread(connection.receive).result()
 

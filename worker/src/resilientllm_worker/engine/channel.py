@@ -41,7 +41,7 @@ from resilientllm_worker.protocol.messages import (
 )
 from resilientllm_worker.seams.launch import describe_difference
 from resilientllm_worker.transport.connection import Connection, dial
-from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed, ProtocolError
+from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed, CorruptFrame, ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +262,8 @@ class Channel:
                 detail = self._attend(connection)
             except (ConnectionClosed, ProtocolError) as error:
                 detail = str(error)
+                if isinstance(error, CorruptFrame):
+                    self._reason = (LossReason.CORRUPT, detail)
             at = time.monotonic()
             connection.close()
             if was_connected := self._connection is not None:

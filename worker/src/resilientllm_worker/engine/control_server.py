@@ -212,7 +212,10 @@ def make_app(store: PlanStore, token: bytes) -> FastAPI:
         try:
             new = Plan.model_validate_json(bytes(body))
         except ValidationError as error:
-            return JSONResponse({"error": error.errors(include_url=False, include_context=False)}, 422)
+            # Without the input, which JSON cannot always say again.
+            return JSONResponse(
+                {"error": error.errors(include_url=False, include_context=False, include_input=False)}, 422
+            )
         if (refusal := store.put(new)) is not None:
             return JSONResponse({"error": refusal}, 409)
         return Response(status_code=204)

@@ -38,6 +38,7 @@ from resilientllm_worker.protocol.messages import (
     KVDescription,
     LinkHello,
     LinkLost,
+    Message,
     Pace,
     Release,
     ReplicaHello,
@@ -71,7 +72,13 @@ from resilientllm_worker.tenancy.home import HomeBlocks
 from resilientllm_worker.tenancy.pool import Pool
 from resilientllm_worker.tenancy.translate import from_runner, to_runner, written_blocks
 from resilientllm_worker.transport.connection import Connection, dial
-from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed, LinkClosed, ProtocolError
+from resilientllm_worker.transport.errors import (
+    ConnectionClosed,
+    ConnectionFailed,
+    CorruptFrame,
+    LinkClosed,
+    ProtocolError,
+)
 from resilientllm_worker.transport.link import LinkSender, Posted
 from resilientllm_worker.transport.listener import Listener
 
@@ -145,6 +152,7 @@ class StageServer:
         self._ends_at: float | None = None
         """Monotonic seconds, once it was asked to end."""
         self._stopping = False
+        self._corrupt_frames = 0
         # Written by the runner thread, read by heartbeats.
         self._steps_done = 0
         self._merged_steps_done = 0
@@ -201,8 +209,13 @@ class StageServer:
 
     @property
     def counts(self) -> dict[str, int]:
-        """For people: how many steps the runner has finished, and how many of them were both tenants' at once."""
-        return {"steps": self._steps_done, "merged": self._merged_steps_done}
+        """For people: steps that the runner has finished, those of them that were both tenants' at once, and frames
+        that did not arrive as they were sent."""
+        return {
+            "steps": self._steps_done,
+            "merged": self._merged_steps_done,
+            "corruptFrames": self._corrupt_frames,
+        }
 
     def step_at_hand(self) -> tuple[int, float, float]:
         """Steps done, and of the one in the runner how long it has been there and how long it may; zeros for none."""
@@ -355,7 +368,14 @@ class StageServer:
 
     def serve(self, connection: Connection) -> None:
         """Serve one authenticated connection until it ends; runs in that connection's thread."""
-        hello = connection.receive()
+        try:
+            self._serve(connection, connection.receive())
+        except CorruptFrame:
+            with self._changed:
+                self._corrupt_frames += 1
+            raise
+
+    def _serve(self, connection: Connection, hello: Message) -> None:
         if isinstance(hello, EngineHello):
             self._serve_engine(connection, hello)
         elif isinstance(hello, LinkHello):
@@ -729,8 +749,10 @@ class StageServer:
                     self._changed.notify_all()
         except BadActivation as error:
             raise ProtocolError(str(error)) from error
-        except ConnectionClosed as error:
+        except (ConnectionClosed, CorruptFrame) as error:
             self._report_lost(tenant, hello.stamp, hello.stage, str(error))
+            if isinstance(error, CorruptFrame):
+                raise
         finally:
             with self._changed:
                 tenant.fencing = tenant.fencing.unlink(connection)

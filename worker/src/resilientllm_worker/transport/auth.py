@@ -27,7 +27,8 @@ DEADLINE_SECONDS = 5.0
 """For the whole exchange, so that a peer that sends a byte now and then gains nothing."""
 
 _MAGIC = b"RLLM"
-_VERSION = 1
+_VERSION = 2
+"""Of the exchange and of the frames after it; what their messages mean has a version of its own."""
 _GREETING = struct.Struct("!4sH32s")
 _PROOF_BYTES = hashlib.sha256().digest_size
 _DIALER = b"resilientllm dialer"

@@ -121,6 +121,7 @@ class Connection:
         Raises:
             ConnectionClosed: the peer closed, `close` was called, or the network failed.
             ProtocolError: the frame breaks the rules, or has a body. The connection is now closed.
+            CorruptFrame: it did not arrive as it was sent; a `ProtocolError` too.
         """
         with self._socket as sock:
             try:
@@ -180,10 +181,11 @@ class Connection:
     def _receive_body(self, kind: type[_Described], allocate: Callable[[_Described], list[memoryview]]) -> _Described:
         with self._socket as sock:
             try:
-                message, _ = self._reader.read_message(sock)
+                message, header = self._reader.read_message(sock)
                 if not isinstance(message, kind):
                     raise ProtocolError(f"expected {kind.__name__}, found {type(message).__name__}")
-                self._reader.read_body(sock, [view.cast("B") for view in allocate(message) if view.nbytes])
+                views = [view.cast("B") for view in allocate(message) if view.nbytes]
+                self._reader.read_body(sock, message, header, views)
             except (ConnectionClosed, ProtocolError, OSError) as error:
                 raise self._broken(error) from error
             except BaseException:
@@ -212,7 +214,7 @@ class Connection:
         ours = self.closed
         self.close()
         if isinstance(error, ProtocolError):
-            return ProtocolError(f"{self.peer}: {error}")
+            return type(error)(f"{self.peer}: {error}")
         return ConnectionClosed(f"the connection to {self.peer} is closed" if ours else f"{self.peer}: {error}")
 
 

@@ -23,5 +23,9 @@ class ProtocolError(TransportError):
     """A frame broke the rules. What follows it cannot be found, so a receiver also closes the connection."""
 
 
+class CorruptFrame(ProtocolError):
+    """What arrived is not what was sent: a loss like any other, whatever it says."""
+
+
 class LinkClosed(TransportError):
     """The link was closed or broke before all that was posted had gone out."""

@@ -6,7 +6,15 @@ import socket
 
 from resilientllm_worker.protocol.messages import Message
 from resilientllm_worker.transport.errors import ConnectionClosed, ProtocolError
-from resilientllm_worker.transport.frame import HEADER, Limits, check_body, decode_message
+from resilientllm_worker.transport.frame import (
+    HEADER_BYTES,
+    Header,
+    Limits,
+    check_body,
+    check_content,
+    check_message,
+    decode_message,
+)
 
 _BUFFER_BYTES = 64 << 10
 
@@ -23,33 +31,46 @@ class FrameReader:
         self._start = 0
         self._end = 0
 
-    def read_message(self, sock: socket.socket) -> tuple[Message, int]:
-        """The next message, and the bytes of its body, which is still to be read.
+    def read_message(self, sock: socket.socket) -> tuple[Message, Header]:
+        """The next message, and the header that says what its body is, which is still to be read.
 
         Raises:
             ConnectionClosed: the stream ended.
+            CorruptFrame: header or message are not as they were sent.
             ProtocolError: header, message or announced body break the rules or the limits.
             OSError: the stream broke.
         """
-        self._fill(sock, HEADER.size)
-        message_bytes, body_bytes = HEADER.unpack_from(self._buffer, self._start)
+        self._fill(sock, HEADER_BYTES)
+        header = Header.unpack(self._buffer[self._start : self._start + HEADER_BYTES])
+        message_bytes = header.message_bytes
         if message_bytes > self._limits.message_bytes:
             raise ProtocolError(
                 f"a message of {message_bytes} bytes is above the limit of {self._limits.message_bytes}"
             )
-        self._start += HEADER.size
+        self._start += HEADER_BYTES
         if message_bytes <= _BUFFER_BYTES:
             self._fill(sock, message_bytes)
             end = self._start + message_bytes
-            message = decode_message(self._buffer[self._start : end])
+            data: memoryview | bytearray = self._buffer[self._start : end]
             self._start = end
         else:
-            message = decode_message(self._gather(sock, message_bytes))
-        check_body(message, body_bytes, self._limits)
-        return message, body_bytes
+            data = self._gather(sock, message_bytes)
+        check_message(data, header)
+        message = decode_message(data)
+        check_body(message, header.body_bytes, self._limits)
+        return message, header
 
-    def read_body(self, sock: socket.socket, views: list[memoryview]) -> None:
-        """Fills ``views`` one after the other. They must be byte views that together have the length of the body."""
+    def read_body(self, sock: socket.socket, message: Message, header: Header, views: list[memoryview]) -> None:
+        """Fills ``views`` one after the other. They must be byte views that together have the length of the body.
+
+        Raises:
+            CorruptFrame: they are filled with something else than was sent.
+            ConnectionClosed, OSError: as `read_message`.
+        """
+        self._fill_views(sock, views)
+        check_content(message, views, header)
+
+    def _fill_views(self, sock: socket.socket, views: list[memoryview]) -> None:
         for view in views:
             filled = self._take(view)
             while filled < len(view):
@@ -70,7 +91,7 @@ class FrameReader:
         while self._end - self._start < count:
             received = sock.recv_into(self._buffer[self._end :])
             if not received:
-                within = " within a frame" if self._end > self._start or count != HEADER.size else ""
+                within = " within a frame" if self._end > self._start or count != HEADER_BYTES else ""
                 raise ConnectionClosed(f"the peer closed the connection{within}")
             self._end += received
 
@@ -82,7 +103,7 @@ class FrameReader:
             start = len(gathered)
             step = min(count - start, max(start, _BUFFER_BYTES))
             gathered += bytes(step)
-            self.read_body(sock, [memoryview(gathered)[start:]])
+            self._fill_views(sock, [memoryview(gathered)[start:]])
         return gathered
 
     def _take(self, view: memoryview) -> int:
