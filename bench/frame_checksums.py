@@ -118,7 +118,8 @@ def main() -> None:
     for name in CASES:
         results[name] = measure(name, arguments.rounds)
         print(f"{name}: {results[name]}", flush=True)
-    arguments.output.write_text(json.dumps({"machine": machine(), "frame_checksums": results}, indent=2) + "\n")
+    result = {"frame_checksums": results, "machine": machine.describe(), "versions": machine.versions()}
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
