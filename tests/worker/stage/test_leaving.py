@@ -27,7 +27,7 @@ def test_a_stage_that_nobody_uses_ends_at_once() -> None:
     with Stage() as stage, closing(engine := Engine(stage.address)):
         stage.server.leave(LONG_SECONDS)
         stage.wait_ended()
-        assert engine.expect(StageLeaving).seconds == LONG_SECONDS
+        assert 0 < engine.expect(StageLeaving).seconds <= LONG_SECONDS  # less, if it was told as one that comes later
 
 
 def test_every_engine_is_told_also_one_that_comes_later() -> None:
