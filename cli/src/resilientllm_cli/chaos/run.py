@@ -135,7 +135,8 @@ def judge(
             found.append(f"stream {each.stream.index} of engine {each.instance}: {each.stream.error}")
         tokens += compare(expected, got)
     at = scene.at_seconds
-    met = [each for each in sent if at is not None and not each.left and not _over(each, at)]
+    # Who came later waits for a place in the batch as well.
+    met = [each for each in sent if at is not None and each.sent_seconds <= at and not (each.left or _over(each, at))]
     stalls = [round(_stall(each, undisturbed, at, ended_seconds), 4) for each in met if at is not None]
     lost = [each for of in recoveries.values() for each in of if each.kind is RecoveryKind.BORROW]
     noticed = min(lost, key=lambda each: each.detected_at, default=None)

@@ -49,7 +49,7 @@ def draw(document: Mapping[str, Any], output: Path) -> None:
         raise UsageError("plots need matplotlib: install resilientllm[plot]") from error
     line, timeline = document["line"], document["timeline"]
     # The same run gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "resilientllm", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "resilientllm", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(7.5, 3.6), layout="constrained")
         axes = figure.subplots()
         told: set[str] = set()

@@ -11,23 +11,31 @@ from resilientllm_cli.chaos import clock
 from resilientllm_cli.chaos.faults.kills import kill
 from resilientllm_cli.chaos.scene import Kind, Scene
 
+BALLAST = "ballast"
 CHUNK = b"\0" * (1 << 20)
 RECOVERY_SECONDS = 20.0
 STEPS_SECONDS = (-86_400.0, -3600.0, -60.0, 60.0, 3600.0, 86_400.0)
 
 
 def fill_disk(scene: Scene) -> None:
-    """A stage is killed besides: a full disk alone is not noticed by those that run."""
-    ballast = scene.world.disk / "ballast"
-    refused = _fill(ballast)
-    scene.undo.callback(ballast.unlink)
+    """Before the streams begin, because it takes a moment."""
+    ballast = scene.world.disk / BALLAST
+    scene.undo.callback(ballast.unlink, missing_ok=True)
+    _fill(ballast)
+
+
+def kill_on_full_disk(scene: Scene) -> None:
+    """A full disk alone is not noticed by those that run."""
     kill(scene)
-    scene.landed |= {"write_refused_with": errno.errorcode[refused], "bytes_free": _free(scene.world.disk)}
+    evidence, scene.landed = scene.landed, {}
+    refused = _fill(scene.world.disk / BALLAST)
+    if _free(scene.world.disk) == 0:
+        scene.landed = {**evidence, "write_refused_with": errno.errorcode[refused], "bytes_free": 0}
 
 
 def _fill(file: Path) -> int:
     """Returns the error that ended it."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         while True:
             try:
@@ -61,4 +69,4 @@ def step_clock(scene: Scene) -> None:
         scene.landed = {**evidence, "seconds": seconds, "recovery_dated_off_by": round(dated, 1)}
 
 
-KINDS = (Kind("disk-full", fill_disk), Kind("clock-step", step_clock))
+KINDS = (Kind("disk-full", kill_on_full_disk, prepare=fill_disk), Kind("clock-step", step_clock))

@@ -55,10 +55,9 @@ def run_out_of_memory(scene: Scene) -> None:
         return
     with _limited(pid) as group:
         scene.world.order(scene.victim, Order(What.BALLOON))
-        scene.world.wait_carried_out(scene.victim, STEP_SECONDS)
+        # From then on its memory runs out, within some ten milliseconds.
+        scene.strike(scene.world.wait_carried_out(scene.victim, STEP_SECONDS))
         code = processes.ended(pid, EXIT_SECONDS)
-        # Its end, not the balloon's beginning: until then it works.
-        scene.strike()
         kills = (group / "memory.oom_control").read_text().split()
         if code == -signal.SIGKILL:
             scene.landed = {"pid": pid, "ended_with": code, "oom_kill": int(kills[kills.index("oom_kill") + 1])}
