@@ -50,6 +50,11 @@ def while_the_runner_is_busy(stage: Stage, home: Engine, guest: Engine) -> Itera
     stage.model.go.set()
 
 
+def forwards(stage: Stage) -> tuple[int, int]:
+    """How many the runner has done, and how many of them were both tenants' at once."""
+    return stage.server.counts["steps"], stage.server.counts["merged"]
+
+
 def fresh(**lengths: int) -> dict[str, Any]:
     """The parts of a step of new requests with so many tokens each; a block for each, from 1."""
     return {
@@ -69,7 +74,7 @@ def test_steps_that_are_both_at_hand_are_one_forward_and_each_engine_gets_its_ow
         assert home.expect(StepResult).requests == ["before"]
         mine, theirs = home.expect(StepResult), guest.expect(StepResult)
         assert len(stage.model.steps) == 2
-        assert stage.server.counts == {"steps": 2, "merged": 1}
+        assert forwards(stage) == (2, 1)
     assert (mine.stamp, mine.step, mine.requests, mine.sampled_token_ids) == (Stamp(1, 1), 1, ["a", "b"], [[3], [1]])
     assert (theirs.stamp, theirs.step, theirs.requests, theirs.sampled_token_ids) == (Stamp(1, 1), 0, ["a"], [[2]])
     together = {request.request: request.block_ids[0][0] for request in stage.model.steps[1].new}
@@ -96,7 +101,7 @@ def test_a_step_that_is_alone_is_not_kept_waiting() -> None:
             home.step(number, epoch=1)
             assert home.expect(StepResult).step == number
         assert guest.heard_nothing
-        assert stage.server.counts == {"steps": 3, "merged": 0}
+        assert forwards(stage) == (3, 0)
 
 
 class TestWaitingForCompany:
@@ -124,7 +129,7 @@ class TestWaitingForCompany:
             guest.step(1, epoch=1)
             assert home.expect(StepResult).step == 2
             assert guest.expect(StepResult).step == 1
-            assert stage.server.counts == {"steps": 3, "merged": 2}
+            assert forwards(stage) == (3, 2)
 
     def test_what_else_is_to_be_done_ends_the_wait(self) -> None:
         with self.after_a_merged_forward() as (stage, home, guest):
@@ -149,7 +154,7 @@ class TestWaitingForCompany:
             for number in range(3):
                 home.step(number, epoch=1)
                 assert home.expect(StepResult).step == number
-            assert stage.server.counts == {"steps": 3, "merged": 0}
+            assert forwards(stage) == (3, 0)
 
 
 def test_the_wait_for_company_is_short_and_is_not_repeated() -> None:
@@ -160,7 +165,7 @@ def test_the_wait_for_company_is_short_and_is_not_repeated() -> None:
         for number in range(2, 5):
             home.step(number, epoch=1)
         assert [home.expect(StepResult).step for _ in range(5)] == [0, 1, 2, 3, 4]
-        assert stage.server.counts == {"steps": 5, "merged": 1}
+        assert forwards(stage) == (5, 1)
 
 
 @pytest.mark.parametrize("room", [None, Room(tokens=5, requests=8), Room(tokens=64, requests=1)], ids=str)
@@ -240,7 +245,7 @@ class TestWhenOneOfTheTwoCannotRun:
                 guest.step(0, epoch=1, block_ids=([3, 4],), computed=4)
             assert "never written" in guest.expect(StepFailed).reason
             assert [home.expect(StepResult).step for _ in range(2)] == [0, 1]
-            assert stage.server.counts == {"steps": 2, "merged": 0}
+            assert forwards(stage) == (2, 0)
 
     @pytest.mark.parametrize("guilty", [HOME, GUEST])
     def test_a_step_that_the_runner_cannot_read_fails_alone(self, guilty: int) -> None:
