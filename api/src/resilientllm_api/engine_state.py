@@ -167,6 +167,7 @@ class EngineState(Frozen):
     """For people: there is work and nothing has moved for ``sickAfter``, or none could be taken; empty if it is well.
     A sick engine does not serve, whatever ``phase`` says."""
     tokens_recomputed_total: int = 0
+    tokens_kept_total: int = 0
 
     @property
     def urgent(self) -> tuple[object, ...]:

@@ -14,11 +14,13 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from prometheus_client import CollectorRegistry
 from resilientllm_api.engine_state import EnginePhase, EngineState
 from resilientllm_api.pairing import make_plans
 from resilientllm_api.plan import Limits, StageId
 from resilientllm_worker.engine import health
 from resilientllm_worker.engine.control_server import PlanStore
+from resilientllm_worker.engine.metrics import Metrics
 
 PATIENCE_SECONDS = 30.0
 
@@ -35,7 +37,7 @@ def a_store(tmp_path: Path) -> PlanStore:
 @contextmanager
 def watched(store: PlanStore) -> Iterator[None]:
     stopped = threading.Event()
-    thread = threading.Thread(target=health.watch, args=(store, stopped))
+    thread = threading.Thread(target=health.watch, args=(store, Metrics(CollectorRegistry()), stopped))
     thread.start()
     try:
         yield

@@ -40,13 +40,13 @@ def tell_the_truth(args: Namespace, store: PlanStore) -> None:
     global _store
     _store = store
     args.middleware = [*args.middleware, f"{__name__}.{Middleware.__name__}"]
-    threading.Thread(target=watch, args=(store,), name="health", daemon=True).start()
+    threading.Thread(target=watch, args=(store, Metrics()), name="health", daemon=True).start()
 
 
-def watch(store: PlanStore, stopped: threading.Event | None = None) -> None:
+def watch(store: PlanStore, metrics: Metrics, stopped: threading.Event | None = None) -> None:
     """Look whether work moves, for as long as the process lives or until ``stopped``."""
     stopped = stopped or threading.Event()
-    stall, metrics = Stall(time.monotonic()), Metrics()
+    stall = Stall(time.monotonic())
     while not stopped.wait(LOOK_SECONDS):
         now, state = time.monotonic(), store.state
         busy = bool(store.requests or state.requests_running or state.requests_waiting)
@@ -63,7 +63,7 @@ def watch(store: PlanStore, stopped: threading.Event | None = None) -> None:
             logger.warning("is sick: %s", sick) if sick else logger.info("is well again")
         if sick != store.sick:
             store.tell(sick=sick)
-        metrics.note(store.public_state())
+        metrics.note(store.public_state(), now)
 
 
 class Middleware:

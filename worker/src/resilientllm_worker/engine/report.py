@@ -84,6 +84,7 @@ def engine_state(view: View) -> EngineState:
             default=0.0,
         ),
         tokens_recomputed_total=view.recoveries.tokens_recomputed_total,
+        tokens_kept_total=view.recoveries.tokens_kept_total,
     )
 
 
