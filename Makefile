@@ -66,8 +66,9 @@ types: setup ## mypy, strict
 imports: setup ## who may import whom
 	@$(RUN) lint-imports --no-logo
 
-generate: setup ## write crds/ anew from the Python types
+generate: setup ## write crds/ and docs/metrics.md anew from the code
 	@$(RUN) resilientllm-generate-crd crds
+	@$(RUN) python -m tools.metrics_reference
 
 build/tiny: $(SYNCED)
 	@$(RUN) resilientllm make-tiny-model $@

@@ -3,7 +3,7 @@
 STAGE_PORT = 7000
 """Commands of engines and links of stages."""
 STAGE_HEALTH_PORT = 7001
-"""``/healthz`` and ``/readyz`` of a stage, plain HTTP, no secrets."""
+"""``/healthz``, ``/readyz`` and ``/metrics`` of a stage, plain HTTP, no secrets."""
 ENGINE_API_PORT = 8000
 """vLLM's OpenAI-compatible API."""
 ENGINE_CONTROL_PORT = 8001
@@ -14,3 +14,4 @@ PLAN_PATH = "/v1/plan"
 STATE_PATH = "/v1/state"
 HEALTH_PATH = "/healthz"
 READY_PATH = "/readyz"
+METRICS_PATH = "/metrics"

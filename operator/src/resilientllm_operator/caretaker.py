@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from resilientllm_api.crd import KIND
 
 from resilientllm_operator import telemetry
-from resilientllm_operator.actions import Manifest, WriteStatus
+from resilientllm_operator.actions import Action, Manifest, WriteStatus
 from resilientllm_operator.budgets import budget_essence
 from resilientllm_operator.conditions import unreadable
 from resilientllm_operator.decide import decide
@@ -89,6 +89,7 @@ class Caretaker:
                 await asyncio.sleep(MIN_PAUSE_SECONDS if not failures else min(2**failures / 4, MAX_BACKOFF_SECONDS))
                 await self._pause(pause_seconds(quiet, self._settled))
         finally:
+            self._forget_metrics()
             self._dispatcher.close()
             if self._engines is not None:
                 await self._engines.close()
@@ -135,14 +136,24 @@ class Caretaker:
         world = self._observe(obj)
         self._settled = is_settled(obj.status, obj.generation)
         actions = decide(world, _now())
+        telemetry.OBJECTS.put(self._namespace, self._name, obj.spec.instances, obj.status)
         for action in actions:
+            telemetry.DECISIONS.labels(type(action).__name__).inc()
+        for action in actions:
+            await self._perform(action)
             if isinstance(action, WriteStatus):
-                telemetry.SERVING.labels(self._namespace, self._name).set(
-                    sum(each.serving for each in action.status.instances)
-                )
-                telemetry.WANTED.labels(self._namespace, self._name).set(obj.spec.instances)
-            await self._dispatcher.perform(action, self._engines)
+                telemetry.OBJECTS.put(self._namespace, self._name, obj.spec.instances, action.status)
+                telemetry.RECOVERIES.note(self._namespace, self._name, obj.status, action.status)
         return len(actions)
+
+    async def _perform(self, action: Action) -> None:
+        with telemetry.acting(action):
+            await self._dispatcher.perform(action, self._engines)
+
+    def _forget_metrics(self) -> None:
+        telemetry.OBJECTS.forget(self._namespace, self._name)
+        if self._store.get(KIND, self._namespace, self._name) is None:
+            telemetry.RECOVERIES.forget(self._namespace, self._name)
 
     def _view(self, raw: Manifest) -> ObjectView:
         """Raises ValidationError for a spec that this version cannot read."""
@@ -217,7 +228,7 @@ class Caretaker:
         after = unreadable(before, raw["metadata"].get("generation", 1), words, _now())
         if after == before:
             return 0
-        await self._dispatcher.perform(WriteStatus(after, raw["metadata"]["resourceVersion"]), self._engines)
+        await self._perform(WriteStatus(after, raw["metadata"]["resourceVersion"]))
         return 1
 
 

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, generate_latest
+
+from resilientllm_operator.actions import Action
+from resilientllm_operator.object_metrics import ObjectMetrics
+from resilientllm_operator.permit import NotPermitted
+from resilientllm_operator.recovery_metrics import RecoveryMetrics
 
 ROUNDS = Counter(
     "resilientllm_operator_rounds", "Rounds of observe, decide and dispatch.", ["result"]
 )  # prometheus_client adds _total.
 ROUND_SECONDS = Histogram("resilientllm_operator_round_seconds", "Duration of a round.")
 TRANSITIONS = Counter("resilientllm_operator_transitions", "Transitions that were announced.", ["reason"])
-SERVING = Gauge("resilientllm_instances_serving", "Instances that requests are sent to.", ["namespace", "name"])
-WANTED = Gauge("resilientllm_instances", "Instances asked for.", ["namespace", "name"])
+DECISIONS = Counter("resilientllm_operator_decisions", "Actions that were decided.", ["action"])
+ACTIONS = Counter(
+    "resilientllm_operator_actions", "Actions that were tried, by what came of them.", ["action", "result"]
+)
 LEADER = Gauge("resilientllm_operator_leader", "1 while this replica holds the lease, and may act.")
 HELD = Gauge("resilientllm_operator_held", "1 while this replica leads and does nothing, because its view is too old.")
 VIEW_AGE = Gauge("resilientllm_operator_view_age_seconds", "Since when a kind is known as it is.", ["kind"])
+OBJECTS = ObjectMetrics()
+REGISTRY.register(OBJECTS)
+RECOVERIES = RecoveryMetrics()
+
+
+@contextmanager
+def acting(action: Action) -> Iterator[None]:
+    """Counts what comes of the action that is tried in the block."""
+    result, kind = "error", type(action).__name__
+    try:
+        yield
+        result = "ok"
+    except NotPermitted:
+        result = "held"
+        raise
+    finally:
+        ACTIONS.labels(kind, result).inc()
 
 
 @asynccontextmanager

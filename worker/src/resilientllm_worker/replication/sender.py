@@ -153,6 +153,12 @@ class Replicator:
                 corrupt_blocks=tally.corrupt_blocks,
             )
 
+    @property
+    def pending_blocks(self) -> int:
+        """Sealed blocks that nobody has begun to send."""
+        with self._changed:
+            return self._backlog.pending
+
     def close(self) -> None:
         """Ends for good. Its threads end by themselves; one that is reading the store does so first."""
         with self._changed:

@@ -1,4 +1,4 @@
-"""A stage's health for kubelet and people: plain HTTP, no secrets, nothing to change."""
+"""A stage's health for kubelet and people, and its metrics: plain HTTP, no secrets, nothing to change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from resilientllm_api.ports import HEALTH_PATH, READY_PATH
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from resilientllm_api.ports import HEALTH_PATH, METRICS_PATH, READY_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,12 @@ class _Server(ThreadingHTTPServer):
 
 
 class HealthServer:
-    """``/healthz`` answers while the process lives; ``/readyz`` is 200 with the report of ``ready``, or 503."""
+    """``/healthz`` answers while the process lives; ``/readyz`` is 200 with the report of ``ready``, or 503;
+    ``/metrics`` has what is registered at that moment."""
 
-    def __init__(self, host: str, port: int, ready: Callable[[], dict[str, object] | NotReady]) -> None:
+    def __init__(
+        self, host: str, port: int, ready: Callable[[], dict[str, object] | NotReady], registry: CollectorRegistry
+    ) -> None:
         class Handler(BaseHTTPRequestHandler):
             timeout = REQUEST_SECONDS
 
@@ -47,13 +51,17 @@ class HealthServer:
                         self._answer(503, {"ready": False, "reason": report.reason})
                     else:
                         self._answer(200, report)
+                elif self.path == METRICS_PATH:
+                    self._send(200, CONTENT_TYPE_LATEST, generate_latest(registry))
                 else:
-                    self._answer(404, {"error": f"expected {HEALTH_PATH} or {READY_PATH}"})
+                    self._answer(404, {"error": f"expected {HEALTH_PATH}, {READY_PATH} or {METRICS_PATH}"})
 
             def _answer(self, status: int, body: dict[str, object]) -> None:
-                payload = json.dumps(body).encode()
+                self._send(status, "application/json", json.dumps(body).encode())
+
+            def _send(self, status: int, content_type: str, payload: bytes) -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)

@@ -15,6 +15,7 @@ from resilientllm_worker.seams.launch import BadConfiguration, config_digest, ma
 from resilientllm_worker.stage import watchdog
 from resilientllm_worker.stage.background import run_nicely
 from resilientllm_worker.stage.health import HealthServer, NotReady
+from resilientllm_worker.stage.metrics import StageMetrics, WeightsMetrics, make_registry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,8 +57,9 @@ def _run() -> None:
             return NotReady(f"a step has been running for {seconds:.1f} s, {allowed:.1f} s are allowed")
         return {**report, "counts": server.counts}
 
+    registry = make_registry()
     try:
-        health = HealthServer(health_host, health_port, ready)
+        health = HealthServer(health_host, health_port, ready, registry)
     except OSError as error:
         raise BadConfiguration(f"--health {health_host}:{health_port}: {error.strerror}") from error
 
@@ -79,6 +81,9 @@ def _run() -> None:
     server = StageServer(
         model, args.instance, args.stage, digest, token, args.pool_fraction, merges=not args.take_turns, give=give
     )
+    of = f"{args.instance}.{args.stage}"
+    registry.register(StageMetrics(of, lambda: server.figures))
+    registry.register(WeightsMetrics(of, *weights.figures))
     host, port = args.listen
     try:
         listener = listen(server, host, port, token)
@@ -131,7 +136,7 @@ def _parse() -> argparse.Namespace:
         "--listen", type=host_and_port, required=True, metavar="HOST:PORT", help="for engines and stages"
     )
     group.add_argument(
-        "--health", type=host_and_port, required=True, metavar="HOST:PORT", help="for /healthz and /readyz"
+        "--health", type=host_and_port, required=True, metavar="HOST:PORT", help="for /healthz, /readyz and /metrics"
     )
     group.add_argument(
         "--pool-fraction",

@@ -63,13 +63,15 @@ from resilientllm_worker.seams.errors import Malformed, Unsupported
 from resilientllm_worker.stage.activations import BadActivation, Landing, describe
 from resilientllm_worker.stage.deadline import Deadlines, size_class
 from resilientllm_worker.stage.merge import gather, merged, scatter, share, spans, why_apart
+from resilientllm_worker.stage.metrics import NOBODY, StageFigures, TenantFigures
 from resilientllm_worker.stage.pace import Steps
 from resilientllm_worker.stage.progress import Counts
 from resilientllm_worker.stage.step_clock import StepClock
+from resilientllm_worker.stage.step_times import StepTimes
 from resilientllm_worker.stage.tenant import Closing, Tenant
 from resilientllm_worker.tenancy.errors import SlotsBusy, TranslationError
 from resilientllm_worker.tenancy.home import HomeBlocks
-from resilientllm_worker.tenancy.pool import Pool
+from resilientllm_worker.tenancy.pool import Pool, PoolUse
 from resilientllm_worker.tenancy.translate import from_runner, to_runner, written_blocks
 from resilientllm_worker.transport.connection import Connection, dial
 from resilientllm_worker.transport.errors import (
@@ -159,6 +161,7 @@ class StageServer:
         self._clock = StepClock()
         self._deadlines = Deadlines()
         self._steps = Steps()
+        self._step_times = StepTimes()
         self._pace: Pace | None = None
         """Of `_steps`, which the runner alone may look at."""
         # The runner thread's own.
@@ -216,6 +219,38 @@ class StageServer:
             "merged": self._merged_steps_done,
             "corruptFrames": self._corrupt_frames,
         }
+
+    @property
+    def figures(self) -> StageFigures:
+        """For metrics. Takes the locks that heartbeats take, each for a moment."""
+        running, allowed = self._clock.read()
+        buckets, seconds = self._step_times.read()
+        kv = self._model.kv
+        with self._changed:
+            tenants, pool = list(self._tenants.values()), self._pool
+        return StageFigures(
+            steps=self._steps_done,
+            merged_steps=self._merged_steps_done,
+            corrupt_frames=self._corrupt_frames,
+            step_buckets=buckets,
+            step_seconds=seconds,
+            running_seconds=running,
+            allowed_seconds=allowed,
+            home_blocks=kv.home_blocks if kv else 0,
+            block_tokens=kv.block_size if kv else 0,
+            pool=pool.use if pool is not None else PoolUse(kv.pool_blocks if kv else 0, 0, 0, 0),
+            tenants=tuple(
+                TenantFigures(
+                    is_home=tenant.is_home,
+                    stitched=tenant.stitched,
+                    link_received_bytes=tenant.link_received_bytes,
+                    link_sent_bytes=tenant.link_sent_bytes,
+                    pending_blocks=tenant.replicator.pending_blocks if tenant.replicator is not None else 0,
+                    replication=tenant.replicator.report() if tenant.replicator is not None else NOBODY,
+                )
+                for tenant in tenants
+            ),
+        )
 
     def step_at_hand(self) -> tuple[int, float, float]:
         """Steps done, and of the one in the runner how long it has been there and how long it may; zeros for none."""
@@ -314,6 +349,7 @@ class StageServer:
             took = self._clock.end()
             self._deadlines.observe(size, took)
             self._steps.observe(size, took)
+            self._step_times.observe(took)
             self._company_seconds = min(COMPANY_FRACTION * took, LONGEST_COMPANY_SECONDS) if len(batch) > 1 else 0.0
             self._steps_done += 1
             if self._steps_done % PACE_STEPS == 0:
@@ -746,6 +782,7 @@ class StageServer:
                         return
                     if header.stamp == tenant.stamp:
                         tenant.counts.landed = header.step
+                    tenant.link_received_bytes += sum(tensor.nbytes for tensor in header.tensors)
                     self._changed.notify_all()
         except BadActivation as error:
             raise ProtocolError(str(error)) from error
@@ -796,7 +833,9 @@ class _Turn:
 
     def post(self, tensors: dict[str, torch.Tensor]) -> Posted:
         assert self.outbound is not None
-        return self.outbound.post(*describe(tensors, self.step.stamp, self.step.step))
+        header, buffers = describe(tensors, self.step.stamp, self.step.step)
+        self.tenant.link_sent_bytes += sum(tensor.nbytes for tensor in header.tensors)
+        return self.outbound.post(header, buffers)
 
     def share_of(self, result: StepResult) -> StepResult:
         return share(result, self.tenant.prefix, self.step.stamp, self.step.step)

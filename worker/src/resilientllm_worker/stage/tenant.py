@@ -37,6 +37,10 @@ class Tenant:
     last_served: int = 0
     replicator: Replicator | None = None
     """Sends this instance's sealed blocks to whoever keeps them."""
+    link_received_bytes: int = 0
+    """Of hidden states, over all links."""
+    link_sent_bytes: int = 0
+    """The same; written by the runner alone."""
     receiving: int = 0
     """Replica channels that may be within a write to ``blocks``."""
 

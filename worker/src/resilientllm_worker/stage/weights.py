@@ -42,6 +42,11 @@ class StageWeights:
             return False
         return True
 
+    @property
+    def figures(self) -> tuple[str, float, int]:
+        """Once they are loaded: from a ``twin`` or from ``storage``, in how many seconds, how many bytes."""
+        return "twin" if self._taken else "storage", self._loading.seconds, self._loading.nbytes
+
     def report(self) -> dict[str, object]:
         """For people, once they are loaded."""
         loading = self._loading

@@ -10,12 +10,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from resilientllm_worker.protocol.blocks import pack_blocks, pack_numbers
 from resilientllm_worker.protocol.messages import Seal
 from resilientllm_worker.tenancy.blocks import NULL_BLOCK
 from resilientllm_worker.tenancy.chains import Chains, Link, Worth
 from resilientllm_worker.tenancy.errors import NotServed, PoolFull, SlotsBusy, UnmappedBlock
+
+
+@dataclass(frozen=True)
+class PoolUse:
+    """What the pool's slots are used for; each is counted once."""
+
+    free: int
+    replicas: int
+    """Sealed blocks of instances that are not served here."""
+    arriving: int
+    """Reserved for replicas that are being written."""
+    guest: int
+    """Blocks of the instance that is served as a guest."""
 
 
 class Pool:
@@ -43,6 +57,13 @@ class Pool:
         """The instance that is served as a guest."""
         with self._lock:
             return None if self._serving is None else self._serving.instance
+
+    @property
+    def use(self) -> PoolUse:
+        with self._lock:
+            guest = 0 if self._serving is None else self._serving._mapped
+            mapped = sum(tenant._mapped for tenant in self._tenants.values())
+            return PoolUse(len(self._free), mapped - guest, self._reserved(), guest)
 
     def tenant(self, instance: int) -> PoolBlocks:
         with self._lock:
