@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md from the metrics that operator, engine and stage register: ``python -m tools.metrics_reference``.
+"""Writes docs/metrics.md from the metrics that operator, engine and stage register (`make generate`).
 
 Here and not in a package, because no package may import both the operator and the worker.
 """
@@ -31,12 +31,12 @@ Generated from the code by `make generate`; a test fails when this page is stale
 [alerts](monitoring.md#alerts) use nothing that is not here. Names are API: they are not renamed.
 
 Units are seconds, bytes, tokens and blocks. Histograms of recoveries have the buckets
-{", ".join(f"{bound:g}" for bound in RECOVERY_BUCKETS_SECONDS[:-1])} and {RECOVERY_BUCKETS_SECONDS[-1]:g} s. No label has
-the name of a pod, a request or a node. A histogram `x` is the series `x_bucket`, `x_sum` and `x_count`.
+{", ".join(f"{bound:g}" for bound in RECOVERY_BUCKETS_SECONDS[:-1])} and {RECOVERY_BUCKETS_SECONDS[-1]:g} s.
+No label has the name of a pod, a request or a node. A histogram `x` is the series `x_bucket`, `x_sum` and `x_count`.
 
-Nothing is counted twice for one recovery *within* a section: the engine counts what its instance went through as long as
-its process lives, and the operator counts the same when it comes into the status, so it outlives the engine. Add up one or
-the other, not both. Counts begin anew with their process, which Prometheus' `rate` and `increase` know.
+An engine counts what its instance went through, so a stage that dies takes no count along. The operator counts the same
+when it comes into the status, so neither does an engine. Add up one or the other, not both. All counts begin anew with
+their process, which Prometheus' `rate` and `increase` know.
 """
 
 
@@ -132,8 +132,8 @@ LABELS = {
     "`flush`, `wait`, `fence`, `stitch`, `rollBack`, `resume` ([what they mean](architecture.md#the-re-stitch))",
     "reason": f"of a re-stitch: {_values(LossReason)}, or empty where nothing was lost; of a condition and of "
     "`resilientllm_operator_transitions_total`: [reasons](kubernetes.md#reasons-and-what-to-do)",
-    "result": "of a round: `ok`, `held` (it may not act), `error` (the API server did not do it), `defect`; of an action: "
-    "`ok`, `held`, `error`",
+    "result": "of a round: `ok`, `held` (it may not act), `error` (the API server did not do it), `defect`; of an "
+    "action: `ok`, `held`, `error`",
     "source": "`twin`, `storage`",
     "stage": "`instance.stage`",
     "status": f"of a condition: {_values(ConditionStatus)}",
@@ -148,7 +148,7 @@ def render() -> str:
     parts = [_HEAD]
     for section in sections():
         rows = [
-            f"| `{each.name}` | {each.kind} | {', '.join(f'`{label}`' for label in each.labels)} | {each.documentation} |"
+            f"| `{each.name}` | {each.kind} | {', '.join(map('`{}`'.format, each.labels))} | {each.documentation} |"
             for each in section.metrics
         ]
         table = "\n".join(["| metric | type | labels | what |", "|---|---|---|---|", *rows])

@@ -35,7 +35,7 @@ class RecoveryMetrics:
         )
         self._requests = counter("requests_affected", "Requests that were running at a re-stitch.", "kind")
         self._tokens = counter(
-            "tokens", "Tokens of these requests, by what became of their KV cache: kept or recomputed.", "fate"
+            "tokens", "Tokens of requests that were running at a re-stitch, by what became of their KV cache.", "fate"
         )
         self._failures = counter("failures", "Failures of stages and their nodes.", "cause")
         self._by_object = (self._recoveries, self._seconds, self._requests, self._tokens, self._failures)

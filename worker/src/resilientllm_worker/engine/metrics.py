@@ -175,7 +175,7 @@ class _Now(Collector):
         tokens = gauge(
             "resilientllm_engine_lag_tokens", "Tokens in sealed blocks that the keeper has not acknowledged."
         )
-        seconds = gauge("resilientllm_engine_lag_seconds", "How long the oldest of these has been waiting.")
+        seconds = gauge("resilientllm_engine_lag_seconds", "How long the oldest token of the lag has been waiting.")
         for place in state.replication:
             stage = [f"{state.instance}.{place.stage}"]
             healthy.add_metric(stage, place.healthy)

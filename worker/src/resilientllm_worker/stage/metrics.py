@@ -90,7 +90,11 @@ class StageMetrics(Collector):
             "How long the step at hand has been in the runner; 0 if there is none.",
             now.running_seconds,
         )
-        yield gauge("resilientllm_stage_step_allowed_seconds", "How long it may be there.", now.allowed_seconds)
+        yield gauge(
+            "resilientllm_stage_step_allowed_seconds",
+            "How long the step at hand may be in the runner.",
+            now.allowed_seconds,
+        )
         yield counter(
             "resilientllm_stage_corrupt_frames", "Frames that did not arrive as they were sent.", now.corrupt_frames
         )
@@ -119,7 +123,7 @@ class StageMetrics(Collector):
             labels=labels,
         )
         seconds = GaugeMetricFamily(
-            "resilientllm_stage_lag_seconds", "How long the oldest of these has been waiting.", labels=labels
+            "resilientllm_stage_lag_seconds", "How long the oldest token of the lag has been waiting.", labels=labels
         )
         backlog = GaugeMetricFamily(
             "resilientllm_stage_backlog_blocks", "Sealed blocks that nobody has begun to send.", labels=labels
@@ -154,7 +158,7 @@ class WeightsMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, documentation, value in (
             ("resilientllm_stage_weights_seconds", "How long it took to get rank 0's weights.", self._seconds),
-            ("resilientllm_stage_weights_bytes", "How much these are.", self._nbytes),
+            ("resilientllm_stage_weights_bytes", "How much rank 0's weights are.", self._nbytes),
         ):
             family = GaugeMetricFamily(name, documentation, labels=["stage", "source"])
             family.add_metric(self._of, value)
