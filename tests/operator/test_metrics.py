@@ -73,6 +73,16 @@ def test_one_that_is_under_way_is_counted_when_it_is_over() -> None:
     assert counted("recoveries_total", **OF, kind="Borrow", reason="ConnectionReset") == 1
 
 
+def test_what_has_not_happened_yet_is_counted_as_nothing() -> None:
+    """An increase from no series to 1 is none to Prometheus."""
+    counted = Counted()
+    counted.metrics.begin("default", "tiny")
+
+    assert counted("recoveries_total", **OF, kind="Borrow", reason="StepOverdue") == 0
+    assert counted("recovery_seconds_count", **OF, kind="Borrow") == 0
+    assert counted("failures_total", **OF, cause="NodeLost") == 0
+
+
 def test_tokens_that_are_counted_later_are_added() -> None:
     counted, first = Counted(), a_status(a_recovery())
     counted.note(a_status(), first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tools.metrics_reference import DOCUMENT, LABELS, Documented, render, sections
 
 METRICS = [metric for section in sections() for metric in section.metrics]

@@ -69,6 +69,14 @@ def test_a_recovery_is_counted_once_however_often_it_is_told() -> None:
     assert scraped("resilientllm_requests_resumed_total", kind="Borrow") == 6
 
 
+def test_what_has_not_happened_yet_is_counted_as_nothing() -> None:
+    """An increase from no series to 1 is none to Prometheus."""
+    scraped = Scraped()
+
+    assert scraped("resilientllm_recoveries_total", kind="Borrow", reason="HeartbeatMissed") == 0
+    assert scraped("resilientllm_recovery_seconds_count", kind="Move") == 0
+
+
 def test_what_lost_nothing_has_no_reason() -> None:
     scraped = Scraped()
     scraped.note(a_state(a_recovery("c", RecoveryKind.SWAP_BACK, None, total=80.0)))
