@@ -85,3 +85,11 @@ def test_an_alert_says_how_urgent_it_is_and_what_to_do(alert: dict[str, Any]) ->
 
 def test_no_page_is_left_over() -> None:
     assert {page.stem for page in RUNBOOKS.glob("*.md")} == {each["alert"] for each in ALERTS} | {"README"}
+
+
+def test_the_docs_list_every_alert_with_its_severity() -> None:
+    text = (REPOSITORY / "docs" / "monitoring.md").read_text()
+    listed = dict(re.findall(r"^\| `(ResilientLLM\w+)` \| (\w+) \|", text, re.MULTILINE))
+    pages = dict(re.findall(r"^\| \[(\w+)\]\(\1\.md\) \| (\w+) \|", (RUNBOOKS / "README.md").read_text(), re.MULTILINE))
+
+    assert listed == {each["alert"]: each["labels"]["severity"] for each in ALERTS} == pages

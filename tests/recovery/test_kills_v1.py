@@ -15,6 +15,7 @@ import pytest
 from resilientllm_api.engine_state import EnginePhase, EngineState, LossReason, Recovery, RecoveryKind
 from resilientllm_api.plan import Limits, StageId
 from resilientllm_cli.comparison import Tokens
+from resilientllm_cli.local import observe
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
 from resilientllm_cli.streams import Stream
 
@@ -198,8 +199,9 @@ def test_a_stage_that_is_stuck_within_a_step_is_lost_although_it_has_heartbeats(
     assert compared(expected, streams) == Tokens(delivered=6 * 250)
     loss = loss_of(whole, before)
     assert (loss.reason, loss.stages) == (LossReason.HANG, (stage,))
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as metrics:
-        assert b'resilientllm_recoveries_total{kind="Borrow",reason="StepOverdue"}' in metrics.read()
+    assert observe.metric(url, 'resilientllm_recoveries_total{kind="Borrow",reason="StepOverdue"}') >= 1
+    donor = whole.endpoints.stages[StageId(instance=1, stage=stage)].health
+    assert observe.metric(f"http://{donor}", "resilientllm_stage_step_seconds_count") >= 250
     whole.wait_for(lambda now: whole.stage(0, stage).pid not in (pid, None), READY_SECONDS, "it to end by itself")
     assert "stuck: a step has been running for" in whole.log(f"stage-0.{stage}")
     whole.wait_ready(READY_SECONDS)

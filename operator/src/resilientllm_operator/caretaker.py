@@ -80,6 +80,7 @@ class Caretaker:
     async def run(self) -> None:
         """Until it is cancelled, or the object is gone."""
         failures = quiet = 0
+        telemetry.RECOVERIES.begin(self._namespace, self._name)
         try:
             while (obj := self._store.get(KIND, self._namespace, self._name)) and obj["metadata"]["uid"] == self.uid:
                 self._wake.clear()

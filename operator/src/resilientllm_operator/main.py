@@ -54,7 +54,9 @@ def build_registry(
         kube.permit = controller.may_not_act
         await stack.enter_async_context(telemetry.serve(port, lambda: _describe(controller, election)))
         await controller.wait_for_crd()
-        if election is not None:
+        if election is None:
+            telemetry.LEADER.set(1)
+        else:
             # Before the controller's task, and so after it when this process ends: first nothing acts any more.
             await stack.enter_async_context(election)
         for kind in controller.watched:

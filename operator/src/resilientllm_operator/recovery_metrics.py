@@ -5,8 +5,8 @@ what an engine went through is not lost with the engine.
 from __future__ import annotations
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
-from resilientllm_api.crd import RecoveryStatus, ResilientLLMStatus
-from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS
+from resilientllm_api.crd import FailureCause, RecoveryStatus, ResilientLLMStatus
+from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
 
 _OBJECT = ("namespace", "name")
 
@@ -39,6 +39,17 @@ class RecoveryMetrics:
         )
         self._failures = counter("failures", "Failures of stages and their nodes.", "cause")
         self._by_object = (self._recoveries, self._seconds, self._requests, self._tokens, self._failures)
+
+    def begin(self, namespace: str, name: str) -> None:
+        """This replica looks after the object from now on."""
+        for kind, reason in RECOVERY_LABELS:
+            self._recoveries.labels(namespace, name, kind, reason)
+            self._seconds.labels(namespace, name, kind)
+            self._requests.labels(namespace, name, kind)
+        for fate in ("kept", "recomputed"):
+            self._tokens.labels(namespace, name, fate)
+        for cause in FailureCause:
+            self._failures.labels(namespace, name, cause.value)
 
     def note(self, namespace: str, name: str, before: ResilientLLMStatus, after: ResilientLLMStatus) -> None:
         """``after`` was written in place of ``before``."""

@@ -71,7 +71,7 @@ def api_answers(url: str) -> bool:
 
 
 def metric(url: str, name: str) -> float:
-    """The sum of a metric of an engine's API over its labels; ValueError if there is none of that name."""
+    """The sum of a metric of an engine or a stage over its labels; ValueError if there is none of that name."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_SECONDS) as response:
         lines = response.read().decode().splitlines()
     values = [float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]

@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState
 from resilientllm_api.plan import StageId
-from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS
+from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
 
 _REPLICAS = ("sent", "cancelled", "refused", "corrupt")
 
@@ -63,6 +63,10 @@ class Metrics:
         self._replica_bytes = counter(
             "resilientllm_replica_bytes", "Content of KV blocks that the serving stage has sent to its keeper.", "stage"
         )
+        for kind, reason in RECOVERY_LABELS:
+            self._recoveries.labels(kind, reason)
+            self._recovery_seconds.labels(kind)
+            self._requests_resumed.labels(kind)
         self._now = _Now()
         registry.register(self._now)
         self._told: frozenset[str] = frozenset()
