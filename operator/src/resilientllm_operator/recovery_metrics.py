@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from resilientllm_api.crd import FailureCause, RecoveryStatus, ResilientLLMStatus
+from resilientllm_api.engine_state import RecoveryKind
 from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
 
 _OBJECT = ("namespace", "name")
@@ -44,8 +45,8 @@ class RecoveryMetrics:
         """This replica looks after the object from now on."""
         for kind, reason in RECOVERY_LABELS:
             self._recoveries.labels(namespace, name, kind, reason)
-            self._seconds.labels(namespace, name, kind)
             self._requests.labels(namespace, name, kind)
+        self._seconds.labels(namespace, name, RecoveryKind.BORROW.value)
         for fate in ("kept", "recomputed"):
             self._tokens.labels(namespace, name, fate)
         for cause in FailureCause:

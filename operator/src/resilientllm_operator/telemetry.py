@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from resilientllm_operator.actions import Action
 from resilientllm_operator.object_metrics import ObjectMetrics
 from resilientllm_operator.permit import NotPermitted
 from resilientllm_operator.recovery_metrics import RecoveryMetrics
 
+disable_created_metrics()  # A series more for each count, which nobody asks for.
 ROUNDS = Counter(
     "resilientllm_operator_rounds", "Rounds of observe, decide and dispatch.", ["result"]
 )  # prometheus_client adds _total.
@@ -63,4 +73,6 @@ async def serve(port: int, describe: Callable[[], str]) -> AsyncIterator[None]:
 
 
 async def _metrics(_: web.Request) -> web.Response:
-    return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    # Of a thousand objects it takes half a second, in which events must not wait.
+    text = await asyncio.to_thread(generate_latest)
+    return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})

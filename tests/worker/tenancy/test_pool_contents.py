@@ -400,6 +400,8 @@ class PoolContents(RuleBasedStateMachine):
                 0 if instance == self.serving or self.guest_waits else COUNT - len(used)
             )
         assert self.pool.serving == self.serving
+        use = self.pool.use
+        assert (use.free, use.free + use.replicas + use.arriving + use.guest) == (COUNT - len(used), COUNT)
 
 
 PoolContents.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
