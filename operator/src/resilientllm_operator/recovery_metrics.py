@@ -80,11 +80,7 @@ class RecoveryMetrics:
             seconds = (after.restored_at - after.detected_at).total_seconds()
             self._restoration_seconds.observe(max(0.0, seconds))
         # Requests that are scheduled again late are counted later.
-        self._requests.labels(*of, kind).inc(_more(after.requests_affected, before and before.requests_affected))
-        self._tokens.labels(*of, "kept").inc(_more(after.tokens_kept, before and before.tokens_kept))
-        recomputed = before and before.tokens_recomputed
-        self._tokens.labels(*of, "recomputed").inc(_more(after.tokens_recomputed, recomputed))
-
-
-def _more(now: int, before: int | None) -> int:
-    return max(0, now - (before or 0))
+        told = before or after.model_copy(update={"requests_affected": 0, "tokens_kept": 0, "tokens_recomputed": 0})
+        self._requests.labels(*of, kind).inc(max(0, after.requests_affected - told.requests_affected))
+        self._tokens.labels(*of, "kept").inc(max(0, after.tokens_kept - told.tokens_kept))
+        self._tokens.labels(*of, "recomputed").inc(max(0, after.tokens_recomputed - told.tokens_recomputed))

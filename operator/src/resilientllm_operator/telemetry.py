@@ -22,7 +22,7 @@ from resilientllm_operator.object_metrics import ObjectMetrics
 from resilientllm_operator.permit import NotPermitted
 from resilientllm_operator.recovery_metrics import RecoveryMetrics
 
-disable_created_metrics()  # A series more for each count, which nobody asks for.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # A series more for each count, which nobody asks for.
 ROUNDS = Counter(
     "resilientllm_operator_rounds", "Rounds of observe, decide and dispatch.", ["result"]
 )  # prometheus_client adds _total.
