@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from resilientllm_api.crd import ConditionStatus, ConditionType, FailureCause, InstancePhase
 from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
-from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS
+from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS
 from resilientllm_operator import telemetry
 from resilientllm_operator.controller import WATCHED
 from resilientllm_worker.engine.metrics import Metrics

@@ -7,7 +7,7 @@ from __future__ import annotations
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from resilientllm_api.crd import FailureCause, RecoveryStatus, ResilientLLMStatus
 from resilientllm_api.engine_state import RecoveryKind
-from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
+from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
 
 _OBJECT = ("namespace", "name")
 

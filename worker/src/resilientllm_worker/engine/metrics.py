@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState
 from resilientllm_api.plan import StageId
-from resilientllm_api.recovery_times import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
+from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
 
 _REPLICAS = ("sent", "cancelled", "refused", "corrupt")
 

@@ -7,8 +7,8 @@ RECOVERY_LABELS = (
     (RecoveryKind.SWAP_BACK.value, ""),
     (RecoveryKind.MOVE.value, ""),
 )
-"""Kinds and reasons that there can be. Counters are there with 0 before the first recovery: an increase from nothing to 1
-is none to Prometheus."""
+"""Kinds and reasons that there can be. Counters are there with 0 before the first recovery, because an increase from
+nothing to 1 is none to Prometheus."""
 
 RECOVERY_BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """From a re-stitch between two steps to a stage that loads its weights from storage."""
