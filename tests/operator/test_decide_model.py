@@ -14,14 +14,18 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from resilientllm_api.crd import RETRY_ANNOTATION, RecoveryMode
+from resilientllm_api.crd import RETRY_ANNOTATION, ConditionStatus, ConditionType, RecoveryMode
 from resilientllm_api.plan import StageId
-from resilientllm_operator.actions import Action, CreatePod, CreateToken, DeletePod, PublishPlan
+from resilientllm_operator.actions import Action, CreatePod, CreateToken, DeletePod, PublishPlan, WriteStatus
 from resilientllm_operator.decide import decide
+from resilientllm_operator.draining import is_to_go
 from resilientllm_operator.names import Role, Slot, slots
 from resilientllm_operator.succession import PATIENCE
+from resilientllm_operator.world import World
 
 from tests.operator.builders import NOW, obj, spec
+from tests.operator.kstatus import Kstatus, kstatus
+from tests.operator.recorded import as_json, recorded
 from tests.operator.simulation import SICK, Simulation
 
 ZONE = "topology.kubernetes.io/zone"
@@ -49,11 +53,22 @@ class OperatorModel(RuleBasedStateMachine):
 
     def round(self, most: int | None = None) -> list[Action]:
         """One round; the operator dies after ``most`` actions."""
-        actions = decide(self.sim.world(), self.sim.now)
+        world = self.sim.world()
+        actions = decide(world, self.sim.now)
+        self.check_status(world, actions)
         for action in actions if most is None else actions[:most]:
             self.check(action)
             self.sim.perform(action)
         return actions
+
+    def check_status(self, world: World, actions: list[Action]) -> None:
+        """Tools that wait by kstatus are told that it is done when every pod is of the present spec, and serves."""
+        status = next((each.status for each in actions if isinstance(each, WriteStatus)), world.object.status)
+        true = {each.type for each in status.conditions if each.status is ConditionStatus.TRUE}
+        assert not {ConditionType.RECONCILING, ConditionType.STALLED} <= true, "told to wait and not to wait"
+        if kstatus(recorded(world, as_json(status))) is Kstatus.CURRENT:
+            assert [pod.name for pod in world.pods if is_to_go(world, pod) and not pod.leaving] == []
+            assert status.ready == f"{world.object.spec.instances}/{world.object.spec.instances}"
 
     def check(self, action: Action) -> None:
         """What must be true of every action, before it is done."""

@@ -36,6 +36,8 @@ RETRY_ANNOTATION = f"{GROUP}/retry"
 """A new value makes the operator try again what it had given up, without a change of the spec."""
 PAUSED_ANNOTATION = f"{GROUP}/paused"
 """While it is "true" the operator changes nothing that works; what is lost is still replaced."""
+NOTHING_OBSERVED = -1
+"""``status.observedGeneration`` before the operator has seen the object: no generation, so no tool takes it for one."""
 
 # The operator sets these itself; a second value would make engine and stages disagree about the pipeline.
 _OWN_FLAGS = (
@@ -404,6 +406,8 @@ class ConditionType(StrEnum):
     """Every place's KV blocks are kept by a second stage. Says what a loss would cost; Ready does not depend on it."""
     RECOVERING = "Recovering"
     """A re-stitch, a move, or the replacement of a stage is under way."""
+    RECONCILING = "Reconciling"
+    """What runs is not yet what the spec asks for, and waiting helps, or the pause holds it up."""
     STALLED = "Stalled"
     """Waiting does not help: a person must do something. The reason says what kind of matter it is."""
 
@@ -632,6 +636,7 @@ class ResilientLLMStatus(CrdModel):
     """What is."""
 
     observed_generation: int | None = None
+    """Of the spec that the rest was made from; -1 until the operator has seen the object."""
     conditions: Annotated[
         tuple[Condition, ...],
         Field(json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),

@@ -79,6 +79,8 @@ def openapi_schema() -> Schema:
         "spec": schema["properties"]["spec"],
         "status": schema["properties"]["status"],
     }
+    # kstatus takes an object for complete that says nothing of what was observed: here, until the operator has seen it.
+    schema["properties"]["status"]["default"] = {"observedGeneration": crd.NOTHING_OBSERVED}
     schema["required"] = ["spec"]
     return schema
 

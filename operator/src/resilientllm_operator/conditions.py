@@ -2,7 +2,8 @@
 
 ``Ready`` and ``Available`` say what a client gets, ``Degraded`` what was lost of it, ``Progressing`` whether waiting
 helps, and ``ReplicationHealthy`` (:mod:`replication`) what the next loss would cost. None of them is inferred from
-another: each is computed from the instances and the troubles.
+another: each is computed from the instances and the troubles. ``Reconciling`` and ``Stalled`` are for tools that know
+nothing of us, by the rules of kstatus (sigs.k8s.io/cli-utils/pkg/kstatus): abnormal when true, and never both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from resilientllm_api.crd import (
 )
 from resilientllm_api.reasons import Reason
 
+from resilientllm_operator.draining import is_to_go
 from resilientllm_operator.names import slots
 from resilientllm_operator.recovering import recovering
 from resilientllm_operator.replication import replication_healthy
@@ -44,16 +46,19 @@ def conditions(
     """``change``: as :func:`changing.change` has it. ``would_do``: what is not done in mode Observe."""
     stopped = change is not None and change.status is False
     yielding = drain.instance if drain is not None and not stopped else None
+    progressing = _observed(would_do) or _progressing(world, instances, troubles, change)
+    stalled = _stalled(troubles, change, would_do)
     verdicts = (
         _ready(world, instances, troubles, yielding, change),
         _available(instances, troubles),
         _degraded(instances, troubles, yielding),
-        _observed(would_do) or _progressing(world, instances, troubles, change),
+        progressing,
         replication_healthy(world, instances),
         recovering([each for each in instances if each.instance != yielding]),
-        _stalled(troubles, change, would_do),
+        _reconciling(world, progressing, stalled),
+        stalled,
     )
-    return tuple(_condition(world, verdict, now) for verdict in verdicts)
+    return tuple(_dated(verdict, world.object.status, world.object.generation, now) for verdict in verdicts)
 
 
 def _ready(
@@ -142,6 +147,13 @@ def _observed(would_do: Sequence[str]) -> Verdict | None:
     return Verdict(ConditionType.PROGRESSING, False, Reason.OBSERVE_ONLY, message)
 
 
+def _reconciling(world: World, progressing: Verdict, stalled: Verdict) -> Verdict:
+    """``Ready`` alone would call a roll-out complete before its first instance gives way, or while it is paused."""
+    held = progressing.reason is Reason.PAUSED and any(not pod.leaving and is_to_go(world, pod) for pod in world.pods)
+    under_way = not stalled.status and (progressing.status is True or held)
+    return Verdict(ConditionType.RECONCILING, under_way, progressing.reason, progressing.message)
+
+
 def _stalled(troubles: Sequence[Trouble], change: Verdict | None, would_do: Sequence[str]) -> Verdict:
     """Abnormal when true, as kstatus has it: for those who only want to know whether to wait."""
     if troubles:
@@ -186,14 +198,14 @@ def _loss(instance: InstanceStatus) -> str:
             return f"instance {instance.instance} does not serve (phase {instance.phase})"
 
 
-def _condition(world: World, verdict: Verdict, now: datetime) -> Condition:
+def _dated(verdict: Verdict, before: ResilientLLMStatus, generation: int, now: datetime) -> Condition:
     status = _STATUSES[verdict.status]
-    before = next((old for old in world.object.status.conditions if old.type == verdict.type), None)
+    old = next((each for each in before.conditions if each.type == verdict.type), None)
     return Condition(
         type=verdict.type,
         status=status,
-        observed_generation=world.object.generation,
-        last_transition_time=before.last_transition_time if before and before.status == status else now,
+        observed_generation=generation,
+        last_transition_time=old.last_transition_time if old and old.status == status else now,
         reason=verdict.reason,
         message=verdict.message,
     )
@@ -219,14 +231,12 @@ def _listed(things: Sequence[object], most: int = 6) -> str:
 
 def unreadable(before: ResilientLLMStatus, generation: int, error: str, now: datetime) -> ResilientLLMStatus:
     """The status of an object whose spec the cluster's schema admits and this operator cannot read."""
-    old = next((each for each in before.conditions if each.type == ConditionType.READY), None)
-    ready = Condition(
-        type=ConditionType.READY,
-        status=ConditionStatus.FALSE,
-        observed_generation=generation,
-        last_transition_time=old.last_transition_time if old and old.status == ConditionStatus.FALSE else now,
-        reason=Reason.SPEC_UNREADABLE,
-        message=f"This operator cannot read the spec; it may be older than the CRD. What runs is left alone. {error}",
-    )
-    others = [each for each in before.conditions if each.type != ConditionType.READY]
-    return before.model_copy(update={"conditions": (ready, *others)})
+    message = f"This operator cannot read the spec; it may be older than the CRD. What runs is left alone. {error}"
+    found = [
+        Verdict(ConditionType.READY, False, Reason.SPEC_UNREADABLE, message),
+        Verdict(ConditionType.RECONCILING, False, Reason.SPEC_UNREADABLE, message),
+        Verdict(ConditionType.STALLED, True, Reason.SPEC_UNREADABLE, message),
+    ]
+    told = tuple(_dated(verdict, before, generation, now) for verdict in found)
+    others = [each for each in before.conditions if each.type not in {verdict.type for verdict in found}]
+    return before.model_copy(update={"observed_generation": generation, "conditions": (*told, *others)})

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 from resilientllm_api.crd import (
+    NOTHING_OBSERVED,
     PAUSED_ANNOTATION,
     ConditionStatus,
     ConditionType,
@@ -29,6 +30,7 @@ AS_IT_SHOULD_BE: dict[str, ConditionStatus] = {
     ConditionType.DEGRADED: ConditionStatus.FALSE,
     ConditionType.PROGRESSING: ConditionStatus.FALSE,
     ConditionType.RECOVERING: ConditionStatus.FALSE,
+    ConditionType.RECONCILING: ConditionStatus.FALSE,
     ConditionType.STALLED: ConditionStatus.FALSE,
     ConditionType.REPLICATION_HEALTHY: ConditionStatus.TRUE,
 }
@@ -37,7 +39,7 @@ WITHOUT_CAVEAT = {Reason.ALL_INSTANCES_SERVING, Reason.AS_SPECIFIED, Reason.REPL
 
 def status(obj: ResilientLLM, now: datetime) -> RenderableType:
     """Instances, stages, and the last recoveries; and in words what is not as it should be."""
-    if obj.status is None or obj.status.observed_generation is None:
+    if obj.status is None or obj.status.observed_generation in (None, NOTHING_OBSERVED):
         return f"[bold]{name_of(obj)}[/]: no status yet. If this stays, see whether the operator runs."
     parts: list[RenderableType] = [
         f"[bold]{name_of(obj)}[/]  {obj.status.ready or '?'} instances serve  {escape(obj.status.endpoint or '')}",
