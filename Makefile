@@ -66,9 +66,10 @@ types: setup ## mypy, strict
 imports: setup ## who may import whom
 	@$(RUN) lint-imports --no-logo
 
-generate: setup ## write crds/ and docs/metrics.md anew from the code
+generate: setup ## write anew what is made from code: crds/, docs/metrics.md, and the chart from the manifests
 	@$(RUN) resilientllm-generate-crd crds
 	@$(RUN) python -m tools.metrics_reference
+	@$(RUN) python tools/generate_chart.py
 
 build/tiny: $(SYNCED)
 	@$(RUN) resilientllm make-tiny-model $@

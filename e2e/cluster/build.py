@@ -18,6 +18,8 @@ from .errors import ClusterError
 from .packages import install
 
 MODULE = Path(__file__).parent / "hyper"
+HELM_MODULE = Path(__file__).parent / "helm"
+"""Requires the Kubernetes libraries in the version of ``hyper``, so that most of Helm is compiled already."""
 PERSONALITIES = (
     "kube-apiserver",
     "kube-controller-manager",
@@ -84,10 +86,15 @@ def kind_tools() -> Path:
     return _built("kind", _build_kind_tools)
 
 
-def _built(name: str, build: Callable[[str, Path], None]) -> Path:
+def helm() -> Path:
+    """The program ``helm``; built on first use."""
+    return _built("helm", _build_helm, HELM_MODULE) / "helm"
+
+
+def _built(name: str, build: Callable[[str, Path], None], module: Path = MODULE) -> Path:
     go = go_program()
     version = run(go, "version").strip()
-    sources = [MODULE / "go.mod", MODULE / "go.sum", *MODULE.rglob("*.go")]
+    sources = [module / "go.mod", module / "go.sum", *module.rglob("*.go")]
     home = cache_root() / f"{name}-{fingerprint(sources, version)}"
     if not home.exists():
         cached(home, lambda folder: build(go, folder))
@@ -132,6 +139,10 @@ def _build(go: str, folder: Path) -> None:
 def _build_kind_tools(go: str, folder: Path) -> None:
     go_build(go, MODULE, "sigs.k8s.io/kind", folder / "kind")
     go_build(go, MODULE, "k8s.io/kubernetes/cmd/kubeadm", folder / "kubeadm", ldflags=_versioned())
+
+
+def _build_helm(go: str, folder: Path) -> None:
+    go_build(go, HELM_MODULE, "helm.sh/helm/v3/cmd/helm", folder / "helm")
 
 
 def _versioned() -> str:

@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 from resilientllm_api.crd import API_VERSION, ResilientLLMSpec
+from resilientllm_api.ports import ENGINE_API_PORT, ENGINE_CONTROL_PORT, STAGE_HEALTH_PORT, STAGE_PORT
 from resilientllm_operator.controller import WATCHED
 from resilientllm_operator.kube import RESOURCES
 from resilientllm_operator.main import parse_arguments
+from resilientllm_operator.names import Role, Slot, slot_labels, slots
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 
@@ -90,3 +92,51 @@ def test_the_example_is_two_pipelines_of_two_stages() -> None:
     volume, claim = documents("examples/models-pv.yaml")
     assert claim["metadata"]["name"] == spec.model.volume.persistent_volume_claim.claim_name
     assert volume["spec"]["claimRef"]["name"] == claim["metadata"]["name"]
+
+
+def policies(file: str) -> dict[str, dict[str, Any]]:
+    return {each["metadata"]["name"]: each["spec"] for each in documents(file)}
+
+
+def ports(rules: list[dict[str, Any]]) -> set[int]:
+    return {port["port"] for rule in rules for port in rule["ports"]}
+
+
+def test_network_policies_select_the_pods_that_the_operator_makes_and_their_ports() -> None:
+    made = {slot.role: slot_labels("tiny", slot) for slot in slots(1, 1)}
+    found = policies("overlays/models/network-policies.yaml")
+    engines, stages = found["resilientllm-engines"], found["resilientllm-stages"]
+
+    assert engines["podSelector"]["matchLabels"].items() <= made[Role.ENGINE].items()
+    assert stages["podSelector"]["matchLabels"].items() <= made[Role.STAGE].items()
+    assert ports(engines["ingress"]) == {ENGINE_API_PORT, ENGINE_CONTROL_PORT}
+    assert ports(stages["ingress"]) == {STAGE_PORT, STAGE_HEALTH_PORT}
+
+
+def test_only_the_operator_reaches_an_engines_control_port_and_only_our_pods_a_stage() -> None:
+    found = policies("overlays/models/network-policies.yaml")
+    (control,) = [each for each in found["resilientllm-engines"]["ingress"] if ports([each]) == {ENGINE_CONTROL_PORT}]
+    (wire,) = [each for each in found["resilientllm-stages"]["ingress"] if ports([each]) == {STAGE_PORT}]
+    deployment, _ = documents("base/operator.yaml")
+
+    (sender,) = control["from"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert sender["podSelector"]["matchLabels"].items() <= labels.items()
+    (peer,) = wire["from"]
+    for slot in slots(1, 1):
+        assert peer["podSelector"]["matchLabels"].items() <= slot_labels("tiny", slot).items()
+
+
+def test_the_operators_policy_lets_it_reach_engines_and_be_scraped() -> None:
+    (policy,) = documents("components/network-policies/operator.yaml")
+    deployment, _ = documents("base/operator.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (engines,) = [rule for rule in policy["spec"]["egress"] if "to" in rule]
+
+    assert ports(policy["spec"]["ingress"]) == {port["containerPort"] for port in container["ports"]}
+    assert ports([engines]) == {ENGINE_API_PORT, ENGINE_CONTROL_PORT}
+    (peer,) = engines["to"]
+    assert peer["podSelector"]["matchLabels"].items() <= slot_labels("tiny", Slot(0, Role.ENGINE)).items()
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= (
+        deployment["spec"]["template"]["metadata"]["labels"].items()
+    )
