@@ -48,12 +48,28 @@ def fingerprint(sources: Iterable[Path], go_version: str) -> str:
 
 def kubernetes_version(go_mod: str) -> str:
     """The version of Kubernetes, such as ``v1.36.3``, that a ``go.mod`` requires."""
+    return _required(go_mod, "k8s.io/kubernetes")
+
+
+def helm_ldflags(go_mod: str) -> str:
+    """Helm's own Makefile sets these; without them, charts are rendered for Kubernetes 1.20."""
+    _, minor, _ = _required(go_mod, "k8s.io/client-go").split(".")
+    package = "helm.sh/helm/v3"
+    variables = {
+        f"{package}/internal/version.version": _required(go_mod, package),
+        **{f"{package}/pkg/{each}.k8sVersionMajor": "1" for each in ("chartutil", "lint/rules")},
+        **{f"{package}/pkg/{each}.k8sVersionMinor": minor for each in ("chartutil", "lint/rules")},
+    }
+    return " ".join(["-s -w", *(f"-X {name}={value}" for name, value in variables.items())])
+
+
+def _required(go_mod: str, module: str) -> str:
     for line in go_mod.splitlines():
-        words = line.split()
-        if words[:1] == ["k8s.io/kubernetes"]:
+        words = line.removeprefix("require ").split()
+        if words[:1] == [module]:
             return words[1]
     raise ClusterError(
-        expected="a line `k8s.io/kubernetes v…` in go.mod",
+        expected=f"a line `{module} v…` in go.mod",
         found="none",
         remedy="restore the file from version control",
     )
@@ -142,7 +158,8 @@ def _build_kind_tools(go: str, folder: Path) -> None:
 
 
 def _build_helm(go: str, folder: Path) -> None:
-    go_build(go, HELM_MODULE, "helm.sh/helm/v3/cmd/helm", folder / "helm")
+    ldflags = helm_ldflags((HELM_MODULE / "go.mod").read_text())
+    go_build(go, HELM_MODULE, "helm.sh/helm/v3/cmd/helm", folder / "helm", ldflags=ldflags)
 
 
 def _versioned() -> str:

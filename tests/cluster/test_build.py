@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.cluster.build import MODULE, cached, fingerprint, kubernetes_version
+from e2e.cluster.build import HELM_MODULE, MODULE, cached, fingerprint, helm_ldflags, kubernetes_version
 from e2e.cluster.errors import ClusterError
 
 
@@ -23,6 +23,13 @@ def test_fingerprint_follows_sources_and_compiler(tmp_path: Path) -> None:
 
 def test_version_is_read_from_the_module_that_is_built() -> None:
     assert kubernetes_version((MODULE / "go.mod").read_text()).startswith("v1.36.")
+
+
+def test_helm_renders_for_the_kubernetes_that_is_built() -> None:
+    helm = HELM_MODULE.joinpath("go.mod").read_text()
+    minor = kubernetes_version((MODULE / "go.mod").read_text()).split(".")[1]
+
+    assert f"-X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor={minor} " in helm_ldflags(helm)
 
 
 def test_module_without_kubernetes_is_an_error() -> None:

@@ -1,6 +1,6 @@
 """The health check of Argo CD, run by a real Lua over objects as the operator leaves them.
 
-The layout of ``manifests/argocd/resilientllm.dev`` is that of ``resource_customizations`` in Argo CD's repository, and this
+``manifests/argocd/resilientllm.dev`` is laid out like ``resource_customizations`` in the repository of Argo CD, and this
 does what the test there does (``util/lua/health_test.go``). The Lua is 5.1, which is the language of its gopher-lua.
 """
 
