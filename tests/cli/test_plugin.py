@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resilientllm_api.crd import ResilientLLM
+from resilientllm_api.crd import NOTHING_OBSERVED, ResilientLLM
 from resilientllm_cli.plugin import command, view
 from resilientllm_cli.plugin.cluster import Cluster, Node
 from resilientllm_cli.plugin.draining import dependants, engines
@@ -191,7 +191,9 @@ class TestStatus:
         assert list(view.remarks(tiny(observedGeneration=0))) == ["The operator has not seen the present spec yet."]
 
     def test_of_an_object_that_no_operator_has_seen(self) -> None:
-        assert "see whether the operator runs" in text(view.status(tiny().model_copy(update={"status": None}), NOW))
+        without_default = tiny().model_copy(update={"status": None})
+        for obj in (without_default, tiny(observedGeneration=NOTHING_OBSERVED)):
+            assert "see whether the operator runs" in text(view.status(obj, NOW))
 
 
 class TestPlan:

@@ -1,7 +1,7 @@
 """The health check of Argo CD, run by a real Lua over objects as the operator leaves them.
 
-``manifests/argocd/resilientllm.dev`` is laid out like ``resource_customizations`` in the repository of Argo CD, and this
-does what the test there does (``util/lua/health_test.go``). The Lua is 5.1, which is the language of its gopher-lua.
+``manifests/argocd/resilientllm.dev`` is laid out like ``resource_customizations`` in the repository of Argo CD, and
+this file does what the test there does (``util/lua/health_test.go``). The Lua is 5.1, the language of its gopher-lua.
 """
 
 from __future__ import annotations
