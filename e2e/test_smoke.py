@@ -182,6 +182,7 @@ class TestReadyObject:
             "Progressing": ("False", "AsSpecified"),
             "ReplicationHealthy": ("True", "Replicating"),
             "Recovering": ("False", "AsSpecified"),
+            "Reconciling": ("False", "AsSpecified"),
             "Stalled": ("False", "AsSpecified"),
         }
 

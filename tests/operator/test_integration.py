@@ -26,6 +26,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from resilientllm_api.crd import NOTHING_OBSERVED
 from resilientllm_api.engine_state import EnginePhase
 from resilientllm_operator import login
 from resilientllm_operator.kube import KubeClient
@@ -35,6 +36,7 @@ from e2e.cluster.provider import Cluster
 from tests.operator.builders import engine_state
 from tests.operator.cluster import ACCOUNT, IMAGE, SYSTEM
 from tests.operator.engine_stand import EngineStand
+from tests.operator.kstatus import Kstatus, kstatus
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -206,6 +208,14 @@ class TestObjects:
         assert spec["recovery"] == times
         assert spec["replication"] == {"mode": "Ring", "poolPercent": 100, "topologyKey": "kubernetes.io/hostname"}
         assert (spec["tensorParallelSize"], spec["service"]) == (1, {"port": 80})
+
+    def test_are_not_complete_for_other_tools_until_an_operator_has_seen_them(
+        self, cluster: Cluster, namespace: str
+    ) -> None:
+        """By a default of the CRD, which the API server adds when it reads."""
+        apply(cluster, manifest())
+        assert read(cluster, "rllm/tiny")["status"] == {"observedGeneration": NOTHING_OBSERVED}
+        assert kstatus(read(cluster, "rllm/tiny")) is Kstatus.IN_PROGRESS
 
     def test_are_explained(self, cluster: Cluster) -> None:
         text = cluster.kubectl("explain", "rllm.spec.recovery.waitForDonor")
