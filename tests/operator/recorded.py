@@ -80,7 +80,7 @@ def all_engines_lost() -> World:
 def grown() -> World:
     """A third instance is asked for."""
     world = settled(with_spec(healthy_world(), instances=3))
-    return replace(world, pods=(*world.pods, *(pod(world.object, slot, ready=False) for slot in (stage(2, 0),))))
+    return replace(world, pods=(*world.pods, pod(world.object, stage(2, 0), ready=False)))
 
 
 def grown_beyond_the_nodes() -> World:
