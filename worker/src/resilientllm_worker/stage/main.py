@@ -6,11 +6,11 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resilientllm_worker.process import add_common_flags, host_and_port, read_token, run_command
+from resilientllm_worker.process import add_common_flags, end_at_once, host_and_port, read_token, run_command
 from resilientllm_worker.seams.launch import BadConfiguration, config_digest, make_config, make_parser, prepare
 from resilientllm_worker.stage import watchdog
 from resilientllm_worker.stage.background import run_nicely
@@ -43,7 +43,7 @@ def _run() -> None:
     args = run_nicely(_parse)
     if args.follow:
         _follow(args)
-        return
+        end_at_once(0)
     token = read_token(args.token_file)
     report: dict[str, object] = {}
     server: StageServer | None = None
@@ -110,11 +110,14 @@ def _run() -> None:
         logger.exception("stage %d.%d failed", args.instance, args.stage)
         server.fail(f"{type(error).__name__}: {error}")
         listener.close()
-        sys.exit(1)
+        end_at_once(1)
     listener.close()
     health.close()
     if followers is not None:
         followers.close()
+    # Where the ranks met: torch removes it when the interpreter is taken apart, which ours is not.
+    Path(init_method.removeprefix("file://")).unlink(missing_ok=True)
+    end_at_once(0)
 
 
 def leave_on_sigterm(server: StageServer, timeout_seconds: float) -> None:
