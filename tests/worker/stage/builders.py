@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -208,6 +209,13 @@ class Stage:
             assert server._changed.wait_for(
                 lambda: any(each.step == step for each in server._tenants[instance].fencing.landed), PATIENCE_SECONDS
             )
+
+    def wait_counted(self, what: str, count: int) -> None:
+        """Until ``server.counts`` says so: what comes of a step or a frame may be seen before it is counted."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.server.counts[what] != count:
+            assert time.monotonic() < deadline, self.server.counts
+            time.sleep(0.01)
 
     def wait_ended(self) -> None:
         self._runner.join(PATIENCE_SECONDS)

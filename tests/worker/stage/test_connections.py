@@ -257,7 +257,7 @@ class TestStrangers:
             frame[-1] ^= 1
             engine.connection.send_parts([memoryview(frame)])
             assert engine.ended.wait(PATIENCE_SECONDS)
-            assert stage.server.counts["corruptFrames"] == 1
+            stage.wait_counted("corruptFrames", 1)
             other.stitch(epoch=1)
             other.step(0, epoch=1)
             other.expect(StepResult)

@@ -229,7 +229,7 @@ def test_hidden_states_go_to_each_tenants_own_next_stage_in_its_own_order() -> N
         at_mine.expect(StepResult)
         at_mine.expect(StepResult)
         at_theirs.expect(StepResult)
-        assert stage.server.counts["merged"] == 1
+        stage.wait_counted("merged", 1)
         assert home.heard_nothing and guest.heard_nothing
         together = stage.model.rows[1]
     # In the merged step the rows are b's, then c's two, then a's three.
