@@ -14,7 +14,7 @@ from pathlib import Path
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from resilientllm_api.crd import ConditionStatus, ConditionType, FailureCause, InstancePhase
-from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
+from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind, Rung
 from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS
 from resilientllm_operator import telemetry
 from resilientllm_operator.controller import WATCHED
@@ -134,6 +134,7 @@ LABELS = {
     "`resilientllm_operator_transitions_total`: [reasons](kubernetes.md#reasons-and-what-to-do)",
     "result": "of a round: `ok`, `held` (it may not act), `error` (the API server did not do it), `defect`; of an "
     "action: `ok`, `held`, `error`",
+    "rung": f"of a request that a re-stitch met: {_values(Rung)} ([what they mean](monitoring.md#boards))",
     "source": "`twin`, `storage`",
     "stage": "`instance.stage`",
     "status": f"of a condition: {_values(ConditionStatus)}",

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
 from resilientllm_api.crd import FailureCause, FailureStatus, RecoveryStatus, ResilientLLMStatus
 from resilientllm_api.engine_state import RecoveryKind
 from resilientllm_operator import telemetry
@@ -30,6 +30,11 @@ class Counted:
 
     def __call__(self, name: str, /, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"resilientllm_operator_{name}", labels)
+
+    def labels(self, name: str) -> list[dict[str, str]]:
+        """Of each series of this name."""
+        samples = (sample for family in self.registry.collect() for sample in family.samples)
+        return [sample.labels for sample in samples if sample.name == f"resilientllm_operator_{name}"]
 
 
 def a_recovery(**changes: Any) -> RecoveryStatus:
@@ -81,6 +86,7 @@ def test_what_has_not_happened_yet_is_counted_as_nothing() -> None:
     assert counted("recoveries_total", **OF, kind="Borrow", reason="StepOverdue") == 0
     assert counted("recovery_seconds_count", **OF, kind="Borrow") == 0
     assert counted("failures_total", **OF, cause="NodeLost") == 0
+    assert counted("recovery_phase_seconds_count", kind="Move", phase="flush") == 0
 
 
 def test_tokens_that_are_counted_later_are_added() -> None:
@@ -167,3 +173,19 @@ def test_an_action_is_counted_by_what_came_of_it(error: Exception | None, result
         assert raised is error
 
     assert telemetry.ACTIONS.labels("Announce", result)._value.get() == before + 1
+
+
+def test_every_phase_that_an_engine_tells_is_counted_from_the_beginning() -> None:
+    counted = Counted()
+    counted.note(a_status(), a_status(a_recovery(phases=dict.fromkeys(("wait", "rollBack", "total"), 80.0))))
+    told = counted.labels("recovery_phase_seconds_count")
+
+    assert {each["phase"] for each in told if each["kind"] == "Borrow"} == {
+        *("wait", "fence", "stitch", "rollBack", "resume")
+    }
+
+
+@pytest.mark.parametrize("reason", ["Borrowed", "BreakerTripped"])
+def test_a_transition_that_has_not_been_yet_is_counted_as_nothing(reason: str) -> None:
+    name = "resilientllm_operator_transitions_total"
+    assert REGISTRY.get_sample_value(name, {"reason": reason}) is not None

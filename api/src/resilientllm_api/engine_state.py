@@ -110,6 +110,17 @@ class ReplicationState(Frozen):
     corrupt_blocks: int = 0
 
 
+class Rung(StrEnum):
+    """How a request that met a loss or a move ended up: each gets one of these for every re-stitch that it meets."""
+
+    KEPT = "Kept"
+    """It went on from KV blocks that the new pipeline had: those of the survivors, and copies."""
+    RECOMPUTED = "Recomputed"
+    """All of it was computed again."""
+    FAILED = "Failed"
+    """It got an explicit error: no stage could stand in within ``waitForDonor``."""
+
+
 class Recovery(Frozen):
     """One re-stitch. Times are measured on the engine's monotonic clock; ``detected_at`` is wall-clock, UTC."""
 
@@ -168,6 +179,7 @@ class EngineState(Frozen):
     A sick engine does not serve, whatever ``phase`` says."""
     tokens_recomputed_total: int = 0
     tokens_kept_total: int = 0
+    requests_by_rung_total: dict[Rung, int] = Field(default_factory=dict)
 
     @property
     def urgent(self) -> tuple[object, ...]:

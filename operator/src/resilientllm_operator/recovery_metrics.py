@@ -7,7 +7,7 @@ from __future__ import annotations
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from resilientllm_api.crd import FailureCause, RecoveryStatus, ResilientLLMStatus
 from resilientllm_api.engine_state import RecoveryKind
-from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
+from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS, RECOVERY_PHASES
 
 _OBJECT = ("namespace", "name")
 
@@ -39,6 +39,8 @@ class RecoveryMetrics:
             "tokens", "Tokens of requests that were running at a re-stitch, by what became of their KV cache.", "fate"
         )
         self._failures = counter("failures", "Failures of stages and their nodes.", "cause")
+        for kind, phase in RECOVERY_PHASES:
+            self._phase_seconds.labels(kind, phase)
         self._by_object = (self._recoveries, self._seconds, self._requests, self._tokens, self._failures)
 
     def begin(self, namespace: str, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import get_args
 
 from aiohttp import web
 from prometheus_client import (
@@ -16,6 +17,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from resilientllm_api.reasons import EventReason, Reason
 
 from resilientllm_operator.actions import Action
 from resilientllm_operator.object_metrics import ObjectMetrics
@@ -35,6 +37,15 @@ ACTIONS = Counter(
 LEADER = Gauge("resilientllm_operator_leader", "1 while this replica holds the lease, and may act.")
 HELD = Gauge("resilientllm_operator_held", "1 while this replica leads and does nothing, because its view is too old.")
 VIEW_AGE = Gauge("resilientllm_operator_view_age_seconds", "Since when a kind is known as it is.", ["kind"])
+# What has not happened yet is counted as nothing: an increase from no series to 1 is none to Prometheus.
+for _action in get_args(Action):
+    DECISIONS.labels(_action.__name__)
+    for _result in ("ok", "held", "error"):
+        ACTIONS.labels(_action.__name__, _result)
+for _result in ("ok", "held", "error", "defect"):
+    ROUNDS.labels(_result)
+for _reason in (*EventReason, *Reason):
+    TRANSITIONS.labels(_reason)
 OBJECTS = ObjectMetrics()
 REGISTRY.register(OBJECTS)
 RECOVERIES = RecoveryMetrics()

@@ -55,6 +55,8 @@ class FakePipeline:
     recomputed: list[int] = field(default_factory=list)
     """For every request that went on after one, how many tokens."""
     kept: int = 0
+    failures: int = 0
+    """Requests that waited in vain."""
     seals: list[Seal] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
@@ -73,9 +75,12 @@ class FakePipeline:
     def rolled_back(self, boundary: Boundary, requests: int, seconds: float) -> None:
         self.rolled.append((boundary.stamp, requests))
 
-    def resumed(self, recomputed: list[int], kept: int) -> None:
+    def resumed(self, recomputed: list[int], kept: list[int]) -> None:
         self.recomputed += recomputed
-        self.kept += kept
+        self.kept += sum(kept)
+
+    def failed(self, requests: int) -> None:
+        self.failures += requests
 
     def set_cache(self, block_tokens: int, obstacle: str) -> None:
         assert not obstacle

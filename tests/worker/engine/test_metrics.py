@@ -15,6 +15,7 @@ from resilientllm_api.engine_state import (
     Recovery,
     RecoveryKind,
     ReplicationState,
+    Rung,
     Slowness,
     StageServing,
 )
@@ -75,6 +76,9 @@ def test_what_has_not_happened_yet_is_counted_as_nothing() -> None:
 
     assert scraped("resilientllm_recoveries_total", kind="Borrow", reason="HeartbeatMissed") == 0
     assert scraped("resilientllm_recovery_seconds_count", kind="Move") == 0
+    assert scraped("resilientllm_recovery_phase_seconds_count", kind="Borrow", phase="fence") == 0
+    assert scraped("resilientllm_engine_phase_seconds_total", phase="Waiting") == 0
+    assert scraped("resilientllm_requests_by_rung_total", rung="Failed") == 0
 
 
 def test_what_lost_nothing_has_no_reason() -> None:
@@ -118,6 +122,15 @@ def test_time_goes_to_the_phase_that_it_was_spent_in() -> None:
     assert scraped("resilientllm_engine_phase_seconds_total", phase="Waiting") == 2.0
     assert scraped("resilientllm_engine_phase", phase="Waiting") == 1
     assert scraped("resilientllm_engine_phase", phase="Serving") == 0
+
+
+def test_requests_are_counted_by_rung_whichever_engine_core_tells_of_them() -> None:
+    scraped = Scraped()
+    scraped.note(a_state(requests_by_rung_total={Rung.KEPT: 5, Rung.FAILED: 1}))
+    scraped.note(a_state(requests_by_rung_total={Rung.KEPT: 2}))
+
+    assert scraped("resilientllm_requests_by_rung_total", rung="Kept") == 7
+    assert scraped("resilientllm_requests_by_rung_total", rung="Failed") == 1
 
 
 def test_what_is_not_known_any_more_is_not_told_either() -> None:

@@ -135,7 +135,7 @@ class TestWithCopies:
             world.pipeline.held(stamp)
             assert world.wait_serving("0.0", "1.1").message == ""
             world.pipeline.rolled_back(world.pipeline.boundary(), 3, 0.001)
-            world.pipeline.resumed([0, 0, 0], 120)
+            world.pipeline.resumed([0, 0, 0], [40, 40, 40])
             step, _ = world.submit()
             world["1.1"].answer(step)
             (move,) = world.wait(lambda state: state.recoveries_total == 1).recoveries

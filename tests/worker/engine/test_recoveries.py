@@ -1,7 +1,7 @@
 """The record of re-stitches: phases follow each other without a gap, and add up."""
 
 import pytest
-from resilientllm_api.engine_state import LossReason, RecoveryKind
+from resilientllm_api.engine_state import LossReason, RecoveryKind, Rung
 from resilientllm_api.plan import StageId
 from resilientllm_worker.engine.recoveries import Recoveries
 
@@ -20,3 +20,15 @@ def test_the_phases_add_up_also_if_a_second_loss_comes_before_the_first_token() 
     total = record.phases_ms.pop("total")
     assert total == pytest.approx(3500)
     assert sum(record.phases_ms.values()) == pytest.approx(total)
+
+
+def test_each_request_has_a_rung_whenever_it_is_scheduled_again() -> None:
+    recoveries = Recoveries()
+    recoveries.begin({0}, RecoveryKind.BORROW, LossReason.RESET, at=10.0)
+    recoveries.resumed([16, 40], [48, 0])
+    recoveries.finish(10.5)
+    recoveries.resumed([8], [32])
+    recoveries.failed(3)
+    assert recoveries.requests_by_rung == {Rung.KEPT: 2, Rung.RECOMPUTED: 1, Rung.FAILED: 3}
+    (record,) = recoveries.recent
+    assert (record.tokens_recomputed, record.tokens_kept) == (64, 80)

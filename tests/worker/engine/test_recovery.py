@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
+from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind, Rung
 from resilientllm_worker.engine.channel import Channel, Event, Lost
 from resilientllm_worker.engine.pipeline import LOST_STEP
 from resilientllm_worker.protocol.messages import (
@@ -110,11 +110,12 @@ class TestAStageThatDies:
             world.wait_serving(*self.serving(place))
             boundary = world.pipeline.boundary()
             world.pipeline.rolled_back(boundary, 1, 0.001)
-            world.pipeline.resumed([40], 0)
+            world.pipeline.resumed([40], [0])
             assert world.state.recoveries_total == 0  # not before the first token
             step, _ = world.submit()
             world[self.serving(place)[-1]].answer(step)
             (recovery,) = world.wait(lambda state: state.recoveries_total == 1).recoveries
+            assert world.state.requests_by_rung_total == {Rung.RECOMPUTED: 1}
         assert (recovery.kind, recovery.reason) == (RecoveryKind.BORROW, LossReason.RESET)
         assert recovery.stages == (place,)
         assert [str(each) for each in recovery.served_by] == self.serving(place)

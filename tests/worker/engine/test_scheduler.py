@@ -236,6 +236,7 @@ class TestWithoutAPipeline:
         rig.pipeline.at = Boundary(rig.pipeline.at.stamp, False, 0, waiting_seconds=31.0)
         rig.run(steps=6)
         assert rig.ends == {"old": "error"}
+        assert rig.pipeline.failures == 1
         assert rig.scheduler.requests.keys() == {"new"}
         rig.lose()
         rig.run()

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState
+from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState, Rung
 from resilientllm_api.plan import StageId
-from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS
+from resilientllm_api.recovery_counts import RECOVERY_BUCKETS_SECONDS, RECOVERY_LABELS, RECOVERY_PHASES
 
 _REPLICAS = ("sent", "cancelled", "refused", "corrupt")
 
@@ -40,6 +40,9 @@ class Metrics:
         )
         self._requests_resumed = counter(
             "resilientllm_requests_resumed", "Requests that were running at a re-stitch and went on after it.", "kind"
+        )
+        self._requests_by_rung = counter(
+            "resilientllm_requests_by_rung", "Requests that a re-stitch met, by how they ended up.", "rung"
         )
         self._tokens_recomputed = counter(
             "resilientllm_tokens_recomputed", "Tokens whose KV cache was computed again after a re-stitch."
@@ -67,6 +70,12 @@ class Metrics:
             self._recoveries.labels(kind, reason)
             self._recovery_seconds.labels(kind)
             self._requests_resumed.labels(kind)
+        for kind, phase in RECOVERY_PHASES:
+            self._recovery_phase_seconds.labels(kind, phase)
+        for rung in Rung:
+            self._requests_by_rung.labels(rung.value)
+        for each in EnginePhase:
+            self._phase_seconds.labels(each.value)
         self._now = _Now()
         registry.register(self._now)
         self._told: frozenset[str] = frozenset()
@@ -91,6 +100,10 @@ class Metrics:
             self._phase_seconds.labels(state.phase.value).inc(max(0.0, now - self._noted_at))
         self._noted_at = now
         self._steps.inc(self._growth.of("steps", state.steps_total))
+        for rung in Rung:
+            self._requests_by_rung.labels(rung.value).inc(
+                self._growth.of(rung, state.requests_by_rung_total.get(rung, 0))
+            )
         self._tokens_recomputed.inc(self._growth.of("recomputed", state.tokens_recomputed_total))
         self._tokens_kept.inc(self._growth.of("kept", state.tokens_kept_total))
         serving = {each.stage: each.served_by for each in state.stages}

@@ -301,10 +301,15 @@ class Pipeline:
                 self._newcomers = tuple(new for new in self._newcomers if new.stamp > boundary.stamp)
             self._recoveries.rolled_back(requests, seconds)
 
-    def resumed(self, recomputed: list[int], kept: int) -> None:
+    def resumed(self, recomputed: list[int], kept: list[int]) -> None:
         """Requests that were rolled back are scheduled again; see `Recoveries.resumed`."""
         with self._changed:
             self._recoveries.resumed(recomputed, kept)
+
+    def failed(self, requests: int) -> None:
+        """So many requests waited in vain for a stage that can stand in."""
+        with self._changed:
+            self._recoveries.failed(requests)
 
     def seal(self, sealed_under: Stamp, seals: list[Seal], ended: list[int]) -> bool:
         """Tell the serving stages which blocks are sealed. False if the topology has changed: nobody was told."""

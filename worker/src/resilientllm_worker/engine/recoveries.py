@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from resilientllm_api.engine_state import LossReason, Recovery, RecoveryKind
+from resilientllm_api.engine_state import LossReason, Recovery, RecoveryKind, Rung
 from resilientllm_api.plan import StageId
 
 KEPT = 10
@@ -36,6 +36,7 @@ class Recoveries:
         self.total = 0
         self.tokens_recomputed_total = 0
         self.tokens_kept_total = 0
+        self.requests_by_rung: Counter[Rung] = Counter()
 
     @property
     def going(self) -> bool:
@@ -107,13 +108,18 @@ class Recoveries:
             update={"requests": going.record.requests + requests, "phases_ms": phases}
         )
 
-    def resumed(self, recomputed: list[int], kept: int) -> None:
+    def failed(self, requests: int) -> None:
+        """So many were told to be sent again, because no stage could stand in."""
+        self.requests_by_rung[Rung.FAILED] += requests
+
+    def resumed(self, recomputed: list[int], kept: list[int]) -> None:
         """Requests of the last recovery are scheduled again; some may be so only after its first token.
 
-        ``recomputed``: for each of them, tokens whose KV is computed once more; ``kept``: tokens of all that are not.
+        For each of them, ``recomputed``: tokens whose KV is computed once more; ``kept``: those whose KV is there.
         """
+        self.requests_by_rung.update(Rung.KEPT if each else Rung.RECOMPUTED for each in kept)
         self.tokens_recomputed_total += sum(recomputed)
-        self.tokens_kept_total += kept
+        self.tokens_kept_total += sum(kept)
         record = self._going.record if self._going is not None else self._recent[-1] if self._recent else None
         if record is None:
             return
@@ -121,7 +127,7 @@ class Recoveries:
             update={
                 "tokens_recomputed": record.tokens_recomputed + sum(recomputed),
                 "tokens_recomputed_max": max([record.tokens_recomputed_max, *recomputed]),
-                "tokens_kept": record.tokens_kept + kept,
+                "tokens_kept": record.tokens_kept + sum(kept),
             }
         )
         if self._going is not None:

@@ -85,6 +85,7 @@ def engine_state(view: View) -> EngineState:
         ),
         tokens_recomputed_total=view.recoveries.tokens_recomputed_total,
         tokens_kept_total=view.recoveries.tokens_kept_total,
+        requests_by_rung_total=dict(view.recoveries.requests_by_rung),
     )
 
 

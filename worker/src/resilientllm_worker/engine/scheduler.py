@@ -238,11 +238,11 @@ class ResilientScheduler(Scheduler):
 
     def _note_resumed(self, output: SchedulerOutput) -> None:
         recomputed: list[int] = []
-        kept = 0
+        kept: list[int] = []
         for new in output.scheduled_new_reqs:
             if (owed := self._owed.pop(new.req_id, None)) is not None:
                 recomputed.append(max(0, owed - new.num_computed_tokens))
-                kept += min(owed, new.num_computed_tokens)
+                kept.append(min(owed, new.num_computed_tokens))
         if recomputed:
             self._pipeline.resumed(recomputed, kept)
         self._owed = {name: owed for name, owed in self._owed.items() if name in self.requests}
@@ -252,11 +252,12 @@ class ResilientScheduler(Scheduler):
         limit = self._pipeline.wait_for_donor_seconds
         if waiting_seconds < limit:
             return
-        now = time.time()
-        overdue = [request.request_id for request in self.requests.values() if now - request.arrival_time >= limit]
-        if overdue:
+        now, failing = time.time(), self.grammar_compile_error_reqs
+        late = [name for name, request in self.requests.items() if now - request.arrival_time >= limit]
+        if overdue := [name for name in late if name not in failing]:
             logger.error("%d requests fail: no stage could stand in for %.0f s", len(overdue), waiting_seconds)
-            self.grammar_compile_error_reqs.update(overdue)
+            failing.update(overdue)
+            self._pipeline.failed(len(overdue))
 
     # --- the balloon: blocks that the pipeline cannot hold -------------------------------------------------------
 
