@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 MANIFESTS = REPOSITORY / "manifests"
@@ -123,6 +126,22 @@ _KEEP = (
     "  {{- end }}",
 )
 
+_PROMETHEUS = "{{- if .Values.monitoring.prometheus }}"
+_ALERTS = "components/prometheus/rules.yaml"
+_BOARDS = "grafana/kustomization.yaml"
+
+
+def _monitor(wave: int | None) -> Template:
+    return Template([Piece(SYSTEM, RELEASE)], only_if=_PROMETHEUS, wave=wave, namespaced=False)
+
+
+def _runbooks() -> Iterator[Piece]:
+    """Each alert's page, below the folder that the value names."""
+    for page in re.findall(r"runbook_url: docs(/\S+)\n", (MANIFESTS / _ALERTS).read_text()):
+        docs = '{{ trimSuffix "/" $.Values.monitoring.docs }}'
+        yield Piece(f"runbook_url: docs{page}\n", f"runbook_url: {docs}{page}\n")
+
+
 CRD = "../crds/resilientllm.dev_resilientllms.yaml"
 CHART: Mapping[str, Mapping[str, Template]] = {
     CRD: {
@@ -173,6 +192,16 @@ CHART: Mapping[str, Mapping[str, Template]] = {
             namespaced=False,
         ),
     },
+    "components/prometheus/podmonitors.yaml": {
+        "PodMonitor/resilientllm-operator": _monitor(-1),
+        "PodMonitor/resilientllm-engines": _monitor(None),
+        "PodMonitor/resilientllm-stages": _monitor(None),
+    },
+    _ALERTS: {
+        "PrometheusRule/resilientllm": Template(
+            [Piece(SYSTEM, RELEASE), *_runbooks()], only_if=_PROMETHEUS, wave=None, namespaced=False
+        ),
+    },
 }
 FILES = {
     CRD: "crd.yaml",
@@ -180,6 +209,8 @@ FILES = {
     "base/operator.yaml": "operator.yaml",
     "components/network-policies/operator.yaml": "network-policy.yaml",
     "overlays/models/network-policies.yaml": "models-network-policies.yaml",
+    "components/prometheus/podmonitors.yaml": "podmonitors.yaml",
+    _ALERTS: "alerts.yaml",
 }
 
 
@@ -187,22 +218,42 @@ def templates() -> Iterator[tuple[str, str]]:
     """File name and text of each generated template."""
     for source, documents in CHART.items():
         yield FILES[source], _template(source, documents)
+    yield "boards.yaml", _boards()
 
 
 def _template(source: str, documents: Mapping[str, Template]) -> str:
-    text = (MANIFESTS / source).read_text()
-    if "{{" in text:
-        raise SystemExit(
-            f"{source}: expected no '{{{{', which Helm would take for its own, found one; write it otherwise"
-        )
+    text = _verbatim((MANIFESTS / source).read_text())
     found = {_name(part): part.strip("\n") + "\n" for part in re.split(r"^---\n", text, flags=re.MULTILINE)}
     if found.keys() != documents.keys():
         raise SystemExit(
             f"{source}: expected {sorted(documents)}, found {sorted(found)}; say in CHART what becomes of the others"
         )
+    return _header(source) + "".join(_document(f"{source}: {key}", found[key], how) for key, how in documents.items())
+
+
+def _boards() -> str:
+    """ConfigMaps as Kustomize's generator makes them."""
+    kustomization = yaml.safe_load((MANIFESTS / _BOARDS).read_text())
+    options = kustomization["generatorOptions"]
+    text = "{{- if .Values.monitoring.grafana }}\n"
+    for each in kustomization["configMapGenerator"]:
+        metadata = {"name": each["name"], "labels": options["labels"], "annotations": options["annotations"]}
+        head = yaml.safe_dump({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}, sort_keys=False)
+        text += "---\n" + head.replace("metadata:\n", f"metadata:\n  {RELEASE}\n") + "data:\n"
+        for key, _, file in (entry.partition("=") for entry in each["files"]):
+            board = _verbatim((MANIFESTS / "grafana" / file).read_text())
+            text += f"  {key}: |\n" + textwrap.indent(board, "    ")
+    return _header(_BOARDS) + text + "{{- end }}\n"
+
+
+def _verbatim(text: str) -> str:
+    """For what Helm would take for its own, though it is Prometheus' or Grafana's."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _header(source: str) -> str:
     name = (MANIFESTS / source).resolve().relative_to(REPOSITORY)
-    header = f"{{{{- /* Generated from {name} by `make generate`. Do not edit. */ -}}}}\n"
-    return header + "".join(_document(f"{source}: {key}", found[key], how) for key, how in documents.items())
+    return f"{{{{- /* Generated from {name} by `make generate`. Do not edit. */ -}}}}\n"
 
 
 def _document(where: str, text: str, how: Template) -> str:

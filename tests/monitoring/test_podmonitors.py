@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from resilientllm_operator.names import NAME_LABEL, Role, Slot
 from resilientllm_operator.pods import build_pod
@@ -16,6 +17,12 @@ MONITORS = {
     each["metadata"]["name"]: each["spec"]
     for each in yaml.safe_load_all((MANIFESTS / "components" / "prometheus" / "podmonitors.yaml").read_text())
 }
+POLICIES = [
+    policy
+    for file in ("components/network-policies/operator.yaml", "overlays/models/network-policies.yaml")
+    for policy in yaml.safe_load_all((MANIFESTS / file).read_text())
+]
+"""Those of Kustomize; the chart's are the same, as tests/packages shows."""
 
 
 def scrapes(monitor: dict[str, Any], pod: dict[str, Any]) -> bool:
@@ -41,6 +48,34 @@ def test_the_operator_is_scraped_and_says_itself_of_which_object_it_speaks() -> 
     assert [name for name, monitor in MONITORS.items() if scrapes(monitor, pod)] == ["resilientllm-operator"]
     (endpoint,) = MONITORS["resilientllm-operator"]["podMetricsEndpoints"]
     assert endpoint["honorLabels"] is True
+
+
+def lets_in(policy: dict[str, Any], port: int) -> bool:
+    """From anywhere."""
+    return any(
+        "from" not in rule and {"port": port, "protocol": "TCP"} in rule["ports"] for rule in policy["spec"]["ingress"]
+    )
+
+
+@pytest.mark.parametrize("name", MONITORS)
+def test_network_policies_let_prometheus_in(name: str) -> None:
+    """It is in a namespace of the user's, which no policy of ours can know."""
+    deployment = next(iter(yaml.safe_load_all((MANIFESTS / "base" / "operator.yaml").read_text())))
+    slots = [Slot(0, Role.ENGINE), Slot(0, Role.STAGE, 1)]
+    pods = [deployment["spec"]["template"], *(build_pod(obj(), slot) for slot in slots)]
+    (pod,) = [each for each in pods if scrapes(MONITORS[name], each)]
+    (endpoint,) = MONITORS[name]["podMetricsEndpoints"]
+    (port,) = [
+        each["containerPort"]
+        for container in pod["spec"]["containers"]
+        for each in container["ports"]
+        if each["name"] == endpoint["port"]
+    ]
+    labels = pod["metadata"]["labels"].items()
+    chosen = [each for each in POLICIES if each["spec"]["podSelector"]["matchLabels"].items() <= labels]
+
+    assert chosen, "a pod of each kind has a policy"
+    assert all(lets_in(policy, port) for policy in chosen)
 
 
 def test_engines_and_stages_are_told_by_the_name_of_their_object() -> None:

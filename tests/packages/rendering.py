@@ -25,12 +25,16 @@ def kustomized(folder: Path) -> Objects:
     return _by_name(run(binaries() / "kubectl", "kustomize", folder))
 
 
-def base_with(folder: Path, *components: str) -> Objects:
-    """``manifests/base`` with components, by an overlay that is written into ``folder``."""
+def base_with(folder: Path, *components: str, resources: Sequence[Mapping[str, Any]] = ()) -> Objects:
+    """``manifests/base`` with components and ``resources``, by an overlay that is written into ``folder``."""
+    (folder / "resources.yaml").write_text(yaml.safe_dump_all(resources))
     overlay = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [os.path.relpath(MANIFESTS / "base", folder.resolve())],
+        "resources": [
+            os.path.relpath(MANIFESTS / "base", folder.resolve()),
+            *(["resources.yaml"] if resources else []),
+        ],
         "components": [os.path.relpath(MANIFESTS / "components" / each, folder.resolve()) for each in components],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay))

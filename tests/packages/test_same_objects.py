@@ -18,15 +18,21 @@ CRD = ("CustomResourceDefinition", "", "resilientllms.resilientllm.dev")
 NAMESPACE = ("Namespace", "", SYSTEM)
 DEPLOYMENT = ("Deployment", SYSTEM, "resilientllm-operator")
 
+DOCS = "https://git.example.com/resilientllm/blob/main/docs"
+
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "nothing": ({"crds.keep": False}, []),
     "kept": ({}, ["keep-crd"]),
     "one namespace": ({"watchNamespace": "models", "crds.keep": False}, ["one-namespace"]),
     "one replica": ({"replicas": 1, "crds.keep": False}, ["one-replica"]),
     "policies": ({"networkPolicies.operator": True, "crds.keep": False}, ["network-policies"]),
+    "monitoring": (
+        {"monitoring.prometheus": True, "monitoring.grafana": True, "crds.keep": False},
+        ["prometheus", "grafana"],
+    ),
     "waves": (
-        {"argocd.syncWaves": True, "networkPolicies.operator": True},
-        ["keep-crd", "network-policies", "argocd-sync-waves"],
+        {"argocd.syncWaves": True, "networkPolicies.operator": True, "monitoring.prometheus": True},
+        ["keep-crd", "network-policies", "prometheus", "argocd-sync-waves"],
     ),
     "all": (
         {"watchNamespace": "models", "replicas": 1, "networkPolicies.operator": True},
@@ -55,9 +61,30 @@ def test_chart_and_base_give_the_same_objects(name: str, tmp_path: Path) -> None
 
 def test_every_component_is_compared() -> None:
     compared = {component for _, components in CASES.values() for component in components}
-    others = {"grafana", "prometheus"}
 
-    assert {path.name for path in (MANIFESTS / "components").iterdir()} - others == compared
+    assert {path.name for path in (MANIFESTS / "components").iterdir()} - {"runbooks"} == compared
+
+
+@pytest.mark.parametrize("docs", [DOCS, f"{DOCS}/"])
+def test_alerts_lead_to_where_the_user_keeps_the_docs(docs: str, tmp_path: Path) -> None:
+    """By a ConfigMap that Kustomize alone sees, and by a value of the chart."""
+    place = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": "resilientllm-runbooks",
+            "annotations": {"config.kubernetes.io/local-config": "true"},
+        },
+        "data": {"docs": DOCS},
+    }
+    expected = base_with(tmp_path, "prometheus", "runbooks", resources=[place])
+    del expected[NAMESPACE]
+    groups = expected["PrometheusRule", SYSTEM, "resilientllm"]["spec"]["groups"]
+    pages = [rule["annotations"]["runbook_url"] for group in groups for rule in group["rules"] if "alert" in rule]
+
+    assert pages and all(page.startswith(f"{DOCS}/runbooks/ResilientLLM") for page in pages)
+    found = charted({"monitoring.prometheus": True, "monitoring.docs": docs, "crds.keep": False})
+    assert without_helms_own(found) == expected
 
 
 def test_the_crd_can_come_from_elsewhere() -> None:

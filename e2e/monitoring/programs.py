@@ -8,6 +8,7 @@ from pathlib import Path
 
 from e2e.cluster.build import cache_root, cached
 from e2e.cluster.commands import run
+from e2e.cluster.errors import CommandFailed
 
 PACKAGE = "prometheus"
 
@@ -25,6 +26,11 @@ def program(name: str) -> Path:
 def _unpack(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as download:
         # As root, apt would rather download as a user who may not write there.
-        run("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", PACKAGE, cwd=Path(download))
+        fetch = ("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", PACKAGE)
+        try:
+            run(*fetch, cwd=Path(download), timeout_seconds=300)
+        except CommandFailed:  # a fresh machine, whose apt has never looked at what there is
+            run("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", "update", timeout_seconds=300)
+            run(*fetch, cwd=Path(download), timeout_seconds=300)
         (package,) = Path(download).glob("*.deb")
         run("nice", "dpkg-deb", "--extract", str(package), str(folder), timeout_seconds=300)
