@@ -18,6 +18,7 @@ from resilientllm_operator import login, telemetry, watching
 from resilientllm_operator.controller import WATCHED, Controller
 from resilientllm_operator.election import Election
 from resilientllm_operator.freshness import Freshness
+from resilientllm_operator.garbage import set_aside_what_survives
 from resilientllm_operator.kube import RESOURCES
 from resilientllm_operator.names import MANAGER
 
@@ -136,6 +137,7 @@ def main() -> int:
     except kopf.LoginError as error:
         print(f"resilientllm-operator: error: {error}", file=sys.stderr)
         return 2
+    set_aside_what_survives()
     lease = (options.lease_namespace or login.own_namespace(log_in) or SYSTEM, options.lease_name)
     kopf.run(
         registry=build_registry(log_in, options.namespace, options.port, None if options.no_lease else lease),
