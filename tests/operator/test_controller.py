@@ -7,7 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from resilientllm_api.crd import KIND
+from resilientllm_operator.caretaker import Caretaker
 from resilientllm_operator.controller import WATCHED, Controller
+from resilientllm_operator.engines import EngineHttp
 from resilientllm_operator.kube import KubeClient
 
 
@@ -70,3 +73,31 @@ def test_a_node_wakes_the_objects_with_pods_there_and_a_heartbeat_wakes_nobody(
     assert woken == [("n", "here")]
     controller.seen("Node", "DELETED", node(4, "node-1"))
     assert woken == [("n", "here")] * 2
+
+
+def test_all_objects_share_one_http_session_with_their_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand connection pools would be a good part of the operator's memory."""
+    sessions: list[EngineHttp | None] = []
+
+    class Idle(Caretaker):
+        async def run(self) -> None:
+            sessions.append(self._http)
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("resilientllm_operator.controller.Caretaker", Idle)
+    monkeypatch.setattr("resilientllm_operator.freshness.START_SECONDS", 0.0)
+
+    async def two_objects_come() -> None:
+        controller = Controller(Cluster(may_list_nodes=True), None)
+        async with asyncio.timeout(30):
+            running = asyncio.create_task(controller.run())
+            for name in ("a", "b"):
+                metadata = {"namespace": "n", "name": name, "uid": name, "resourceVersion": "2"}
+                controller.seen(KIND, "ADDED", {"metadata": metadata})
+            while len(sessions) < 2:
+                await asyncio.sleep(0.01)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(two_objects_come())
+    assert sessions[0] is not None and sessions[0] is sessions[1]

@@ -185,7 +185,7 @@ class Controller:
             return
         if known is None or known[1].done():
             uid = current["metadata"]["uid"]
-            caretaker = Caretaker(self._kube, self._store, *key, uid, self._nodes, self.may_not_act)
+            caretaker = Caretaker(self._kube, self._store, *key, uid, self._nodes, self.may_not_act, self._http)
             task = asyncio.create_task(caretaker.run(), name=f"caretaker {key[0]}/{key[1]}")
             # The object may have been deleted and made again while the old caretaker was on its way out.
             task.add_done_callback(lambda _: self._ended(key))
