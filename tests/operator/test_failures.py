@@ -9,19 +9,22 @@ from typing import Any
 
 import pytest
 from resilientllm_api.crd import FailureCause, FailureStatus
-from resilientllm_api.engine_state import LossReason, Recovery, RecoveryKind
+from resilientllm_api.engine_state import EnginePhase, LossReason, Recovery, RecoveryKind
+from resilientllm_api.plan import StageId
 from resilientllm_operator.actions import Announce, ApplyEndpoints, CreatePod, CreateToken, DeletePod, PublishPlan
 from resilientllm_operator.breaker import AT_ONCE, QUIET
 from resilientllm_operator.failures import KEPT, ONE_INCIDENT
+from resilientllm_operator.names import Slot
 from resilientllm_operator.node_affinity import nodes_kept_off
 from resilientllm_operator.signals import NOT_READY_PATIENCE
-from resilientllm_operator.world import Ailment, Exit, World
+from resilientllm_operator.world import Ailment, Exit, PodView, World
 
 from tests.operator.builders import (
     NOW,
     borrowed,
     condition,
     decided,
+    engine_state,
     healthy_world,
     new_world,
     of_type,
@@ -50,6 +53,10 @@ CRASH = "Traceback\nRuntimeError: CUDA error: an illegal memory access was encou
 def failed(world: World, at: datetime = NOW, code: int = 1, slot: Any = PLACE, message: str = CRASH) -> World:
     """The process of a stage ends, and the kubelet has started it again."""
     return with_pod(world, slot, restarts=1, last_exit=Exit(code, message, at))
+
+
+def pod_in(world: World, slot: Slot) -> PodView:
+    return next(each for each in world.pods if each.slot == slot)
 
 
 def failures(world: World, at: datetime = NOW) -> Sequence[FailureStatus]:
@@ -325,6 +332,31 @@ class TestTheBreaker:
     def test_still_replaces_what_is_certainly_gone(self) -> None:
         world = without_pod(settled(faulty("node-0", "node-1", "node-2")), PLACE)
         assert [each.name.rsplit("-", 1)[0] for each in of_type(decided(world), CreatePod)] == ["tiny-0-s1"]
+
+    def test_has_nodes_that_are_really_gone_wait_for_eviction_and_says_what_to_do(self) -> None:
+        world = healthy_world(stages=3)
+        apart = tuple(replace(each, node=f"node-{number}") for number, each in enumerate(world.pods))
+        world = settled(with_nodes(replace(world, pods=apart)))
+        lost = [stage(0, number) for number in range(3)]
+        for slot in lost:
+            world = with_condition(world, str(pod_in(world, slot).node), "Ready", "Unknown", since=NOW)
+        state = engine_state(0, stages=3)
+        served = [
+            each.model_copy(update={"served_by": StageId(instance=1, stage=each.stage), "own_connected": False})
+            for each in state.stages
+        ]
+        degraded = {"phase": EnginePhase.DEGRADED, "on_own_stages": False, "stages": tuple(served)}
+        world = with_engine(world, 0, state.model_copy(update=degraded))
+        assert of_type(decided(world), CreatePod) == []
+        (told,) = [each for each in of_type(decided(world), Announce) if each.reason == "BreakerTripped"]
+        for words in (told.note, condition(world, "Stalled")[2]):
+            assert "kubectl -n default annotate --overwrite rllm tiny resilientllm.dev/retry=" in words
+            assert "A pod on a node that is really gone is replaced when it is deleted" in words
+        world = settled(world)
+        for slot in lost:
+            world = with_pod(world, slot, leaving=True, ends_by=NOW + MINUTE)
+        made = [each.name.rsplit("-", 1)[0] for each in of_type(decided(world), CreatePod)]
+        assert made == ["tiny-0-s0", "tiny-0-s1", "tiny-0-s2"]
 
     def test_starts_no_roll_out(self) -> None:
         world = settled(faulty("node-0", "node-1", "node-2"))

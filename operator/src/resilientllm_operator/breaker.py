@@ -52,7 +52,8 @@ def breaker_of(world: World, failures: Sequence[FailureStatus], now: datetime) -
     if _are_many(world, len(nodes)):
         words = (
             f"{len(nodes)} nodes failed within {AT_ONCE.seconds} seconds: {', '.join(nodes)}. Until it was quiet for "
-            f"{QUIET.seconds // 60} minutes, nothing that may still work is moved or deleted. When you have looked, "
+            f"{QUIET.seconds // 60} minutes, nothing that may still work is moved or deleted. A pod on a node that is "
+            f"really gone is replaced when it is deleted, as Kubernetes does after a while. When you have looked, "
             f"kubectl -n {world.object.namespace} annotate --overwrite rllm {world.object.name} "
             f'{RETRY_ANNOTATION}="$(date)" resets it.'
         )
