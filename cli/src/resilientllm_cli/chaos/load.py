@@ -73,6 +73,8 @@ class Load:
 
     def __init__(self, on_token: Callable[[Sent], None] = lambda sent: None, reads_slowly: bool = False) -> None:
         self.sent: list[Sent] = []
+        self.begun = asyncio.Event()
+        """The first streams of all engines are sent."""
         self._on_token = on_token
         self._pause_seconds = SLOW_SECONDS if reads_slowly else 0.0
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -87,6 +89,7 @@ class Load:
             self._model = await model_name(next(iter(self._clients.values())))
             for instance in urls:
                 self._begin(instance, STREAMS)
+            self.begun.set()
             while running := [task for task in self._tasks.values() if not task.done()]:
                 await asyncio.wait(running)
 

@@ -65,7 +65,7 @@ def run(world: World, kind: Kind, seed: int, undisturbed: Mapping[Phase, Undistu
         try:
             kind.prepare(scene)
             totals = {i: scene.state(i).recoveries_total for i in range(world.shape.instances)}
-            asyncio.run(_under_load(scene, kind, moment, f"{kind.name} {seed} {time.monotonic_ns()}"))
+            asyncio.run(under_load(scene, kind, moment, f"{kind.name} {seed} {time.monotonic_ns()}"))
         except (OSError, RuntimeError, TimeoutError) as error:
             problems.append(f"not injected as meant: {error}")
     ended = time.monotonic()
@@ -84,7 +84,7 @@ def run(world: World, kind: Kind, seed: int, undisturbed: Mapping[Phase, Undistu
     return Outcome(line, _timeline(scene, scene.load.sent, recoveries), whole_after is not None)
 
 
-async def _under_load(scene: Scene, kind: Kind, moment: Moment, salt: str) -> None:
+async def under_load(scene: Scene, kind: Kind, moment: Moment, salt: str) -> None:
     reached = asyncio.Event()
 
     def on_token(sent: Sent) -> None:
@@ -94,12 +94,12 @@ async def _under_load(scene: Scene, kind: Kind, moment: Moment, salt: str) -> No
     scene.load = load = Load(on_token, kind.reads_slowly)
     urls = {instance: scene.world.url(instance) for instance in range(scene.shape.instances)}
     streaming = asyncio.create_task(load.run(urls, moment.phase, salt))
+    event = load.begun if moment.phase is Phase.PREFILL else reached
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({streaming, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
     if moment.phase is Phase.PREFILL:
         await asyncio.sleep(moment.delay_seconds)
-    else:
-        waiting = asyncio.create_task(reached.wait())
-        await asyncio.wait({streaming, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
     try:
         # In a thread: the streams must go on being read.
         await asyncio.to_thread(kind.inject, scene)
