@@ -11,7 +11,7 @@ from resilientllm_api.plan import StageId
 from resilientllm_cli.chaos.faults import KINDS
 from resilientllm_cli.chaos.line import Line
 from resilientllm_cli.chaos.load import Phase, Sent, Undisturbed
-from resilientllm_cli.chaos.run import Moment, judge
+from resilientllm_cli.chaos.run import FAIR, Moment, judge
 from resilientllm_cli.chaos.scene import Scene
 from resilientllm_cli.chaos.shape import Shape
 from resilientllm_cli.chaos.world import World
@@ -92,6 +92,16 @@ def test_a_first_token_that_came_late_is_a_stall() -> None:
     line = judged([waited])
     assert line.prompts_without_token == 1
     assert abs((line.stall_seconds or 0.0) - 2.0) < 1e-6
+
+
+def test_a_request_that_waits_longer_than_a_batch_of_later_ones_was_not_treated_fairly() -> None:
+    waited = sent(EXPECTED, begins=FAULT_AT + 2.0)
+    waited.sent_seconds = FAULT_AT - 0.1
+    later = [sent(EXPECTED, begins=FAULT_AT + 1.0) for _ in range(FAIR + 1)]
+    assert judged([waited, *later[:FAIR]]).problems == ()
+    line = judged([waited, *later])
+    assert line.overtaken == FAIR + 1
+    assert line.problems == (f"a request was overtaken by {FAIR + 1} that came later",)
 
 
 def test_a_recovery_where_nothing_is_lost_is_a_false_alarm() -> None:

@@ -13,7 +13,7 @@ from resilientllm_cli.chaos.faults import KINDS
 from resilientllm_cli.chaos.leaks import Holding, compare
 from resilientllm_cli.chaos.line import Line
 from resilientllm_cli.chaos.load import TOKENS, Phase, Undisturbed, asks
-from resilientllm_cli.chaos.matrix import SHAPES, cases, worlds
+from resilientllm_cli.chaos.matrix import SHAPES, cases, soak, worlds
 from resilientllm_cli.chaos.run import choose_moment
 from resilientllm_cli.chaos.shape import Shape
 from resilientllm_cli.errors import UsageError
@@ -37,6 +37,14 @@ def test_a_middle_stage_is_only_killed_where_there_is_one() -> None:
 def test_a_matrix_that_is_broken_off_has_some_of_each_kind() -> None:
     wanted = cases([KINDS["kill-first"], KINDS["hang"]], [Shape(2, 2)], runs=3)
     assert [case.kind.name for case in wanted[:4]] == ["kill-first", "hang", "kill-first", "hang"]
+
+
+def test_a_soak_is_one_world_with_the_kinds_mixed_and_the_same_again_for_the_same_seed() -> None:
+    wanted = soak(list(KINDS.values()), Shape(2, 3), runs=5)
+    assert len(list(worlds(wanted))) == 1
+    assert wanted == soak(list(KINDS.values()), Shape(2, 3), runs=5)
+    assert wanted != sorted(wanted, key=lambda case: case.seed)
+    assert set(Counter(case.kind.name for case in wanted).values()) == {5}
 
 
 @pytest.mark.parametrize("text", ["2", "0x2", "2x", "ax2"])

@@ -8,17 +8,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from resilientllm_api.plan import StageId
 
-from resilientllm_cli.chaos import enclosure, timeline
+from resilientllm_cli.chaos import enclosure, growth, timeline
 from resilientllm_cli.chaos import line as lines
 from resilientllm_cli.chaos.faults import KINDS
 from resilientllm_cli.chaos.line import Line
 from resilientllm_cli.chaos.load import Phase, undisturbed
-from resilientllm_cli.chaos.matrix import SHAPES, Case, cases, worlds
+from resilientllm_cli.chaos.matrix import SHAPES, Case, cases, soak, worlds
 from resilientllm_cli.chaos.network import Network
 from resilientllm_cli.chaos.network import run as run_program
 from resilientllm_cli.chaos.run import Outcome
@@ -38,9 +39,15 @@ RELAYED_STAGE = 1
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("chaos", help="faults under load, each proven to have landed; one line of JSON each")
-    actions = parser.add_subparsers(title="of results", metavar="plot|table")
+    actions = parser.add_subparsers(title="of results", metavar="plot|table|growth")
     timeline.add_parser(actions)
-    _add_table(actions)
+    _add_print(actions, "table", "figures of each kind, in markdown", lines.table)
+    _add_print(
+        actions,
+        "growth",
+        "descriptors and memory over many runs, in markdown",
+        lambda found: growth.table(growth.longest_lives(found)),
+    )
     parser.add_argument("--faults", default="", metavar="KIND,…", help=f"default: all of {', '.join(KINDS)}")
     parser.add_argument("--runs", type=int, default=RUNS, help="of each kind (default: %(default)s)")
     parser.add_argument(
@@ -49,20 +56,28 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--seed", type=int, default=1, help="of the first run; the next ones count on from it")
     parser.add_argument("--for-seconds", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--resume", action="store_true", help="leave out what the output has already")
+    parser.add_argument(
+        "--soak", action="store_true", help="the kinds at random, in one world of the first shape, for --for-seconds"
+    )
     parser.add_argument("--output", type=Path, default=Path("build/chaos.jsonl"), help="lines are appended")
     parser.add_argument("--directory", type=Path, default=Path("build/chaos"), help="timelines and logs")
     parser.set_defaults(run=run)
 
 
-def _add_table(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = actions.add_parser("table", help="figures of each kind, in markdown")
+def _add_print(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    tell: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    parser = actions.add_parser(name, help=text)
     parser.add_argument("file", type=Path, nargs="?", default=Path("build/chaos.jsonl"))
-    parser.set_defaults(run=_print_table)
+    parser.set_defaults(run=_print, tell=tell)
 
 
-def _print_table(arguments: argparse.Namespace) -> int:
+def _print(arguments: argparse.Namespace) -> int:
     try:
-        print(lines.table(lines.read(arguments.file.read_text())))
+        print(arguments.tell(lines.read(arguments.file.read_text())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{arguments.file} must have lines of chaos: {error}") from error
     return 0
@@ -74,7 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
     names = arguments.faults.split(",") if arguments.faults else list(KINDS)
     if unknown := [name for name in names if name not in KINDS]:
         raise UsageError(f"unknown faults {', '.join(unknown)}: expected some of {', '.join(KINDS)}")
-    wanted = cases([KINDS[name] for name in names], shapes, arguments.runs, arguments.seed)
+    kinds = [KINDS[name] for name in names]
+    if arguments.soak:
+        wanted = soak(kinds, shapes[0], arguments.runs, arguments.seed)
+    else:
+        wanted = cases(kinds, shapes, arguments.runs, arguments.seed)
     if arguments.resume and arguments.output.exists():
         done = {(each["fault"], each["shape"], each["seed"]) for each in lines.read(arguments.output.read_text())}
         wanted = [case for case in wanted if case.key not in done]

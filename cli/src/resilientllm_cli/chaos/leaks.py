@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resilientllm_cli.chaos.world import World
-from resilientllm_cli.local.layout import engine_name
 from resilientllm_cli.supervise.warden import members
 
 SETTLE_SECONDS = 6.0
@@ -76,13 +75,18 @@ def look(world: World) -> Holding:
     )
 
 
-def engines(world: World) -> dict[str, dict[str, int]]:
-    """What no run replaces."""
-    held = {}
-    for name in (engine_name(instance) for instance in range(world.shape.instances)):
+def held(world: World) -> dict[str, dict[str, int]]:
+    """By each program, its processes together; ``life`` counts its starts: what is of one life can grow."""
+    found = {}
+    for name in world.names():
         pids = world.processes.family(name)
-        held[name] = {"descriptors": sum(map(_descriptors, pids)), "resident_bytes": sum(map(_resident_bytes, pids))}
-    return held
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it ended while we looked
+            found[name] = {
+                "life": world.processes.starts(name),
+                "descriptors": sum(map(_descriptors, pids)),
+                "resident_bytes": sum(map(_resident_bytes, pids)),
+            }
+    return found
 
 
 def _descriptors(pid: int) -> int:

@@ -30,6 +30,8 @@ class Line:
     failed_explicitly: int = 0
     """Requests that ended with the error that says to send them again. Their tokens until then are compared."""
     failed_otherwise: int = 0
+    overtaken: int = 0
+    """By how many requests that came after the fault one was, at most, that had no token yet when it came."""
     donor_existed: bool = True
     detection_seconds: float | None = None
     """From the fault to the engine's suspicion; None where nothing was suspected."""
@@ -44,8 +46,10 @@ class Line:
     whole_after_seconds: float | None = None
     """Since the streams had ended and the fault was undone."""
     leaks: dict[str, Any] = field(default_factory=dict)
-    engines: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What each holds after the run, both of its processes together: over many runs that shows what grows slowly."""
+    world: str = ""
+    """Runs with the same one had the same processes, but for those that were lost."""
+    held: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What each program holds after the run: over many runs that shows what grows slowly (``growth.py``)."""
     problems: tuple[str, ...] = ()
     """What was not as it should be; empty in a good run."""
 

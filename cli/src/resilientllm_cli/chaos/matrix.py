@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from random import Random
 
 from resilientllm_cli.chaos.scene import Kind
 from resilientllm_cli.chaos.shape import Shape
@@ -32,6 +33,13 @@ def cases(kinds: Sequence[Kind], shapes: Sequence[Shape], runs: int, first_seed:
         for number in range(runs if fitting else 0):
             found.append(Case(kind, fitting[number % len(fitting)], first_seed + number))
     return sorted(found, key=lambda case: (shapes.index(case.shape), case.kind.relayed, case.seed))
+
+
+def soak(kinds: Sequence[Kind], shape: Shape, runs: int, first_seed: int = 1) -> list[Case]:
+    """The same in one world, kinds at random. Those that need a relay are left out: it would be in the path of all."""
+    wanted = cases([kind for kind in kinds if not kind.relayed], [shape], runs, first_seed)
+    Random(f"soak {shape} {first_seed}").shuffle(wanted)
+    return wanted
 
 
 def worlds(wanted: Iterable[Case]) -> Iterator[tuple[Shape, bool, list[Case]]]:

@@ -22,6 +22,8 @@ WHOLE_SECONDS = 90.0
 LATEST = 0.6
 """The fault comes before this fraction of a stream's tokens, so that enough of it is left."""
 EXPLICIT = "Send the request again"
+FAIR = 16
+"""Requests may be overtaken by so many later ones: a batch. Those of one batch get their tokens in any order."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,18 @@ def run(world: World, kind: Kind, seed: int, undisturbed: Mapping[Phase, Undistu
         except (OSError, RuntimeError, TimeoutError) as error:
             problems.append(f"not injected as meant: {error}")
     ended = time.monotonic()
-    whole_after, leaked, engines = None, {}, {}
+    whole_after, leaked, held = None, {}, {}
     try:
         whole_after = round(world.wait_whole(WHOLE_SECONDS), 3)
         found = leaks.settled(before, lambda: leaks.look(world))
         leaked = asdict(found)
         problems += found.problems()
-        engines = leaks.engines(world)
+        held = leaks.held(world)
     except TimeoutError as error:
         problems.append(str(error))
     recoveries = _recoveries(world, totals)
     line = judge(scene, kind, seed, moment, scene.load.sent, undisturbed[moment.phase], recoveries, ended, problems)
-    line = replace(line, whole_after_seconds=whole_after, leaks=leaked, engines=engines)
+    line = replace(line, whole_after_seconds=whole_after, leaks=leaked, world=world.name, held=held)
     return Outcome(line, _timeline(scene, scene.load.sent, recoveries), whole_after is not None)
 
 
@@ -138,6 +140,7 @@ def judge(
     # Who came later waits for a place in the batch as well.
     met = [each for each in sent if at is not None and each.sent_seconds <= at and not (each.left or _over(each, at))]
     stalls = [round(_stall(each, undisturbed, at, ended_seconds), 4) for each in met if at is not None]
+    overtaken = _overtaken(sent, at) if at is not None else 0
     lost = [each for of in recoveries.values() for each in of if each.kind is RecoveryKind.BORROW]
     noticed = min(lost, key=lambda each: each.detected_at, default=None)
     if not scene.landed:
@@ -149,6 +152,8 @@ def judge(
         for name, count in (("lost", tokens.lost), ("duplicated", tokens.duplicated), ("changed", tokens.changed))
         if count
     ]
+    if overtaken > FAIR:
+        found.append(f"a request was overtaken by {overtaken} that came later")
     if explicit and scene.donor_exists:
         found.append(f"{explicit} requests failed though there was a donor")
     if lost and not kind.loses:
@@ -170,6 +175,7 @@ def judge(
         changed=tokens.changed,
         failed_explicitly=explicit,
         failed_otherwise=otherwise,
+        overtaken=overtaken,
         donor_existed=scene.donor_exists,
         **_times(noticed, scene.at_wall),
         stall_seconds=max(stalls, default=None),
@@ -215,6 +221,23 @@ def _stall(sent: Sent, undisturbed: Undisturbed, at_seconds: float, ended_second
     first = arrivals[0] - sent.sent_seconds - undisturbed.first_token_seconds[sent.instance][sent.stream.index]
     between = stall_seconds(arrivals, at_seconds) if len(arrivals) > 1 else 0.0
     return max(between, first if arrivals[0] > at_seconds else 0.0, 0.0)
+
+
+def _overtaken(sent: Sequence[Sent], at_seconds: float) -> int:
+    def first(each: Sent) -> float:
+        return each.stream.arrivals_seconds[0] if each.stream.arrivals_seconds else float("inf")
+
+    waiting = [each for each in sent if each.sent_seconds <= at_seconds < first(each) and not each.left]
+    return max(
+        (
+            sum(
+                later.instance == each.instance and later.sent_seconds > at_seconds and first(later) < first(each)
+                for later in sent
+            )
+            for each in waiting
+        ),
+        default=0,
+    )
 
 
 def _recoveries(world: World, totals: Mapping[int, int]) -> dict[int, Sequence[Recovery]]:

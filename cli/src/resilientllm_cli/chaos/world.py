@@ -78,6 +78,7 @@ class World:
         ``relayed``: what comes to this stage passes a relay.
         """
         self.shape = shape
+        self.name = f"{shape}-{secrets.token_hex(4)}"
         self.network = network
         self.disk = disk
         self.relayed = relayed
