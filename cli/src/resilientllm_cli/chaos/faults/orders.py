@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -66,7 +67,8 @@ def run_out_of_memory(scene: Scene) -> None:
 @contextlib.contextmanager
 def _limited(pid: int) -> Iterator[Path]:
     own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
-    group = MEMORY_GROUPS / own.rpartition(":")[2].strip("/") / f"resilientllm-chaos-{os.getpid()}-{pid}"
+    # Pids do not tell two harnesses apart: each counts its own.
+    group = MEMORY_GROUPS / own.rpartition(":")[2].strip("/") / f"resilientllm-chaos-{secrets.token_hex(8)}"
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(MEMORY_LIMIT_BYTES))
