@@ -53,11 +53,12 @@ IMPORTED = (
     "vllm.entrypoints.launchers.api_server.entry",
     "vllm.model_executor.models.llama",
     "vllm.v1.engine.core",
+    "vllm.v1.engine.utils",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.worker.cpu_model_runner",
 )
 STAGE_ENTRY = "resilientllm_cli.chaos.stage_program:main"
-ENGINE_ENTRY = "resilientllm_worker.engine.main:main"
+ENGINE_ENTRY = "resilientllm_cli.chaos.engine_program:main"
 
 
 class World:
@@ -105,12 +106,7 @@ class World:
                 stack.enter_context(self.relay)
                 stack.enter_context(self.network.redirected(host, STAGE_PORT, RELAY_PORT))
             of_children = environment.of_children(os.environ, self.layout, gpu=False)
-            # vLLM's EngineCore is forked off its API server, which spares its imports, too.
-            of_children |= {
-                "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-                "TMPDIR": str(self.disk),
-                **clock.preload(self.disk),
-            }
+            of_children |= {"TMPDIR": str(self.disk), **clock.preload(self.disk)}
             self.processes = Processes(self._starts(of_children), IMPORTED, of_children, self.files.log("zygote"))
             stack.enter_context(self.processes)
             self.wait_whole(WHOLE_SECONDS)
