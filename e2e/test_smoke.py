@@ -24,7 +24,7 @@ from resilientllm_cli.streams import Sampling, Stream
 from e2e.cluster.errors import CommandFailed
 from e2e.cluster.launch import REPOSITORY
 from e2e.cluster.machine_files import default_mounts
-from e2e.cluster.namespaces import NamespaceProvider
+from e2e.cluster.namespaces import NamespaceCluster, NamespaceProvider
 from e2e.cluster.provider import Cluster, HostPort
 from e2e.cluster.timings import PATIENT
 from e2e.demo import installation, victim
@@ -32,6 +32,10 @@ from e2e.demo.observation import NAME_LABEL, Observation, Pod, observe
 from e2e.demo.prompts import prompts
 from e2e.demo.traffic import Traffic
 from e2e.demo.waiting import wait_for
+from e2e.monitoring.boards import BOARDS, Chosen, Panel, marks, panels
+from e2e.monitoring.prometheus import SCRAPE_SECONDS, Prometheus, Series
+from e2e.monitoring.scraping import rules
+from tests.monitoring.promql import asked_for, grouped_by
 
 # Most of it is the start of six processes that import torch, on two cores. It is a bound, not an expectation.
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -54,7 +58,15 @@ READY_SECONDS = 600.0
 STREAMS_SECONDS = 300.0
 WHOLE_SECONDS = 300.0
 GONE_SECONDS = 90.0
+SCRAPED_SECONDS = 120.0
+BEFORE_SECONDS = 10.0
+"""So long before the kill the panels begin."""
 LOOK_SECONDS = 0.5
+
+PODS = 8
+"""Two engines, four stages, two replicas of the operator."""
+PANELS = [panel for board in BOARDS for panel in panels(board)]
+RULES = [rule for group in rules()["groups"] for rule in group["rules"]]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +100,20 @@ def ready(cluster: Cluster) -> Observation:
     )
 
 
+@pytest.fixture(scope="module")
+def prometheus(cluster: Cluster, ready: Observation) -> Iterator[Prometheus]:
+    """It scrapes from before the kill on, and what it finds is up."""
+    assert isinstance(cluster, NamespaceCluster)
+    with Prometheus(cluster) as made:
+        eventually(
+            "every pod is scraped",
+            made.targets,
+            lambda found: len(found) == PODS and all(each["health"] == "up" for each in found),
+            SCRAPED_SECONDS,
+        )
+        yield made
+
+
 def is_settled(seen: Observation) -> bool:
     now = {each.type: str(each.status) for each in seen.status.conditions}
     return (now.get("Progressing"), now.get("ReplicationHealthy")) == ("False", "True")
@@ -114,7 +140,7 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(cluster: Cluster, ready: Observation) -> Killed:
+def killed(cluster: Cluster, ready: Observation, prometheus: Prometheus) -> Killed:
     service = HostPort(*cluster.forward(*installation.service_address(cluster, NAME)))
     before = observe(cluster, NAMESPACE, NAME)
     stages = victim.candidates(cluster, before, STAGE, NAMESPACE)
@@ -260,6 +286,81 @@ class TestKilledStage:
 
     def test_left_the_service_as_it_was(self, cluster: Cluster, killed: Killed) -> None:
         assert _endpoints(cluster) == {pod.ip: (True, True, False) for pod in killed.seen[-1].pods if pod.stage is None}
+
+
+@dataclass(frozen=True)
+class Scraped:
+    """What a Prometheus has of that life."""
+
+    prometheus: Prometheus
+    start: float
+    end: float
+
+    def has(self, expression: str, instant: bool = False) -> list[Series]:
+        chosen = Chosen(NAMESPACE, NAME, range_seconds=self.end - self.start, rate_interval_seconds=30.0)
+        filled = chosen.fill(expression)
+        if instant:
+            return self.prometheus.at(filled, self.end)
+        return self.prometheus.over(filled, self.start, self.end, SCRAPE_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def scraped(prometheus: Prometheus, killed: Killed) -> Scraped:
+    eventually(
+        "the operator's count of capacity that was restored is scraped",
+        lambda: prometheus.at("sum(resilientllm_operator_restoration_seconds_count)", time.time()),
+        lambda found: bool(found) and found[0].points[-1][1] >= 1,
+        SCRAPED_SECONDS,
+    )
+    # So that the last step of a range comes after what was scraped last.
+    return Scraped(prometheus, killed.at.timestamp() - BEFORE_SECONDS, time.time() + SCRAPE_SECONDS)
+
+
+class TestMonitoring:
+    @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: f"{panel.board}: {panel.title}")
+    def test_a_panel_shows_what_happened(self, scraped: Scraped, panel: Panel) -> None:
+        for query in panel.queries:
+            assert scraped.has(query.expression, panel.is_instant), query.expression
+
+    @pytest.mark.parametrize("board", BOARDS)
+    def test_the_recovery_is_marked_on_a_board(self, scraped: Scraped, board: str) -> None:
+        for expression in marks(board):
+            assert {each.labels["kind"] for each in scraped.has(expression)} == {"Borrow", "SwapBack"}
+
+    def test_the_loss_is_counted_alike_by_engine_and_operator(self, scraped: Scraped, killed: Killed) -> None:
+        for counter in ("resilientllm_recoveries_total", "resilientllm_operator_recoveries_total"):
+            (count,) = scraped.has(f'sum(increase({counter}{{kind="Borrow"}}[$__range]))', instant=True)
+            assert round(count.points[-1][1]) == 1
+        rungs = {
+            each.labels["rung"]: each.points[-1][1]
+            for each in scraped.has("sum by (rung) (resilientllm_requests_by_rung_total)", instant=True)
+        }
+        # A request whose first block had no copy yet is computed again; the swap back meets some a second time.
+        assert rungs["Kept"] > 0 and rungs["Kept"] + rungs["Recomputed"] >= killed.recovery.requests_affected
+        assert rungs["Failed"] == 0
+
+    def test_every_rule_is_evaluated(self, scraped: Scraped) -> None:
+        evaluated = {each["name"]: (each["health"], each.get("lastError", "")) for each in scraped.prometheus.rules()}
+
+        assert evaluated == {each.get("alert") or each["record"]: ("ok", "") for each in RULES}
+
+    @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
+    def test_a_rule_looks_at_series_that_are_there_with_their_labels(
+        self, scraped: Scraped, rule: dict[str, Any]
+    ) -> None:
+        scraped.has(rule["expr"])
+        present: set[str] = {"le"}
+        for series, labels in asked_for(rule["expr"]).items():
+            found = scraped.has(series)
+            assert found, series
+            assert all(labels <= each.labels.keys() for each in found)
+            present.update(*(each.labels for each in found))
+        assert grouped_by(rule["expr"]) <= present
+
+    def test_the_alert_of_a_donor_at_work_waits_for_its_time(self, scraped: Scraped) -> None:
+        (alert,) = scraped.has('ALERTS{alertname="ResilientLLMDegradedTooLong"}')
+
+        assert (alert.labels["alertstate"], alert.labels["name"]) == ("pending", NAME)
 
 
 class TestBadInput:

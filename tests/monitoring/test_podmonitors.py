@@ -10,6 +10,8 @@ import yaml
 from resilientllm_operator.names import NAME_LABEL, Role, Slot
 from resilientllm_operator.pods import build_pod
 
+from e2e.monitoring.scraping import configuration, rules
+from tests.monitoring.test_rules import promtool
 from tests.operator.builders import obj
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
@@ -76,6 +78,15 @@ def test_network_policies_let_prometheus_in(name: str) -> None:
 
     assert chosen, "a pod of each kind has a policy"
     assert all(lets_in(policy, port) for policy in chosen)
+
+
+def test_prometheus_can_read_what_the_tests_on_a_cluster_make_of_them(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    (tmp_path / "targets.json").write_text("[]")
+    config = configuration(tmp_path / "targets.json", tmp_path / "rules.yaml", interval_seconds=2.0)
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+
+    promtool(tmp_path, "check", "config", "prometheus.yaml")
 
 
 def test_engines_and_stages_are_told_by_the_name_of_their_object() -> None:
