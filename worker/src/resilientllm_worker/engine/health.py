@@ -19,6 +19,7 @@ from resilientllm_api.plan import Limits
 from resilientllm_worker.engine.control_link import STATE_AT_LEAST_SECONDS
 from resilientllm_worker.engine.control_server import PlanStore
 from resilientllm_worker.engine.metrics import Metrics
+from resilientllm_worker.engine.spans import RecoverySpans
 from resilientllm_worker.engine.stall import Stall, sickness
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def tell_the_truth(args: Namespace, store: PlanStore) -> None:
 def watch(store: PlanStore, metrics: Metrics, stopped: threading.Event | None = None) -> None:
     """Look whether work moves, for as long as the process lives or until ``stopped``."""
     stopped = stopped or threading.Event()
-    stall = Stall(time.monotonic())
+    stall, spans = Stall(time.monotonic()), RecoverySpans()
     while not stopped.wait(LOOK_SECONDS):
         now, state = time.monotonic(), store.state
         busy = bool(store.requests or state.requests_running or state.requests_waiting)
@@ -63,7 +64,9 @@ def watch(store: PlanStore, metrics: Metrics, stopped: threading.Event | None = 
             logger.warning("is sick: %s", sick) if sick else logger.info("is well again")
         if sick != store.sick:
             store.tell(sick=sick)
-        metrics.note(store.public_state(), now)
+        told = store.public_state()
+        metrics.note(told, now)
+        spans.note(told)
 
 
 class Middleware:
