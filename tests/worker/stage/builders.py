@@ -204,10 +204,10 @@ class Stage:
 
     def wait_arrived(self, instance: int, step: int) -> None:
         """Until hidden states for ``step`` are here; links are read in order."""
-        server = self.server
-        with server._changed:
-            assert server._changed.wait_for(
-                lambda: any(each.step == step for each in server._tenants[instance].fencing.landed), PATIENCE_SECONDS
+        tenants = self.server._tenants
+        with tenants.changed:
+            assert tenants.changed.wait_for(
+                lambda: any(each.step == step for each in tenants.of(instance).fencing.landed), PATIENCE_SECONDS
             )
 
     def wait_counted(self, what: str, count: int) -> None:

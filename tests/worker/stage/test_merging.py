@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from resilientllm_worker.protocol.messages import NewRequest, Stamp, StepFailed, StepResult
-from resilientllm_worker.stage import server
+from resilientllm_worker.stage import step_loop
 from resilientllm_worker.stage.merge import Room
 
 from tests.worker.stage.builders import (
@@ -109,8 +109,8 @@ class TestWaitingForCompany:
 
     @pytest.fixture(autouse=True)
     def for_as_long_as_it_takes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(server, "COMPANY_FRACTION", 1e12)
-        monkeypatch.setattr(server, "LONGEST_COMPANY_SECONDS", NEVER_SECONDS)
+        monkeypatch.setattr(step_loop, "COMPANY_FRACTION", 1e12)
+        monkeypatch.setattr(step_loop, "LONGEST_COMPANY_SECONDS", NEVER_SECONDS)
 
     @contextmanager
     def after_a_merged_forward(self) -> Iterator[tuple[Stage, Engine, Engine]]:

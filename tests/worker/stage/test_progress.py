@@ -8,8 +8,8 @@ import pytest
 from resilientllm_worker.protocol.messages import Heartbeat, Progress, Stamp, StepResult
 from resilientllm_worker.stage.deadline import UNKNOWN_SECONDS
 from resilientllm_worker.stage.progress import Counts
-from resilientllm_worker.stage.server import _Sent
 from resilientllm_worker.stage.step_clock import StepClock
+from resilientllm_worker.stage.step_loop import Sent
 
 from tests.worker.stage.builders import GUEST, PATIENCE_SECONDS, Engine, Neighbour, Stage, closing
 
@@ -123,5 +123,5 @@ def test_waiting_for_a_link_is_no_part_of_a_step() -> None:
 
     clock.begin(2.0)
     now[0] += 0.5
-    _Sent([SlowLink(), SlowLink()], clock).wait()  # type: ignore[list-item]
+    Sent([SlowLink(), SlowLink()], clock).wait()  # type: ignore[list-item]
     assert clock.read() == (0.5, 2.0)

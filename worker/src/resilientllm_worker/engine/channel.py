@@ -213,13 +213,7 @@ class Channel:
     def send(self, message: Message) -> bool:
         """Hand over a message that has no answer. False if the stage is gone, which `Lost` tells too."""
         connection = self._connection
-        if connection is None:
-            return False
-        try:
-            connection.send(message)
-        except ConnectionClosed:
-            return False
-        return True
+        return connection is not None and connection.tell(message)
 
     def send_step(self, step: Step) -> None:
         if self.send(step):

@@ -1,4 +1,4 @@
-"""What a stage keeps for one instance that it serves or may have to serve. Plain state; the server holds the lock."""
+"""What a stage keeps for one instance that it serves or may have to serve. Under the lock of all its tenants."""
 
 from __future__ import annotations
 
@@ -81,3 +81,13 @@ class Tenant:
             if self.replicator is not None:  # to its keeper, the channel at hand is still one of the engine before
                 self.replicator.redirect(self.stamp, None)
         return verdict, closing
+
+    def unsealed(self, blocks: list[int]) -> None:
+        """The sealed content of ``blocks`` is no more, or about to be."""
+        if blocks and self.replicator is not None:
+            self.replicator.cancel(blocks)
+
+    def redirect(self, address: str | None) -> None:
+        """Have sealed blocks sent to the keeper at ``address``; to nobody, if None."""
+        if self.replicator is not None and self.blocks is not None:
+            self.replicator.redirect(self.stamp, address, self.blocks.seals)

@@ -87,6 +87,14 @@ class Connection:
         """
         self.send_parts(self.encode(message, buffers))
 
+    def tell(self, message: Message) -> bool:
+        """Sends what nobody waits for here. False if the peer has gone, which whoever receives from it notices."""
+        try:
+            self.send(message)
+        except ConnectionClosed:
+            return False
+        return True
+
     def encode(self, message: Message, buffers: Sequence[Buffer] = ()) -> list[memoryview]:
         """The frame that `send` would send, for `send_parts` and `send_some`. It refers to the buffers."""
         return encode_frame(message, buffers, self._limits)
