@@ -17,7 +17,7 @@ from tests.recovery.load import READY_SECONDS, asks, compared, stream_all, undis
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-STREAMS, TOKENS, BEFORE = 4, 1800, 60
+STREAMS, TOKENS, BEFORE = 4, 900, 60
 END_SECONDS = 60.0
 FLAGS = (
     *("--kv-cache-memory-bytes", str(64 * 2**20), "--max-num-batched-tokens", "512", "--max-model-len", "2048"),
