@@ -6,7 +6,7 @@ import time
 
 import pytest
 from resilientllm_api.engine_state import EnginePhase, LossReason, RecoveryKind
-from resilientllm_worker.engine import pipeline
+from resilientllm_worker.engine.copies import MOVE_SECONDS
 from resilientllm_worker.engine.pipeline import LOST_STEP, Boundary
 from resilientllm_worker.protocol.messages import (
     Flush,
@@ -250,6 +250,6 @@ class TestWithCopies:
         """What is not copied is computed again, and nobody waits for it to be copied."""
         with Moving() as world:
             world.copies(lag_blocks=90)
-            world["0.1"].say(StageLeaving(pipeline.MOVE_SECONDS))
+            world["0.1"].say(StageLeaving(MOVE_SECONDS))
             world.wait_serving("0.0", "1.1")
             assert world["0.1"].count(Flush) == 0

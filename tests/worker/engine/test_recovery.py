@@ -128,7 +128,7 @@ class TestAStageThatDies:
     ) -> None:
         with World(stages=3) as world:
             world.attach()
-            tell = world.pipeline._events.put
+            tell = world.pipeline._conductor._events.put
 
             def late(event: Event) -> None:
                 if isinstance(event, Lost):
@@ -136,11 +136,11 @@ class TestAStageThatDies:
                     world.wait_serving(*self.serving(place))
                 tell(event)
 
-            for channel in world.pipeline._channels.values():
+            for channel in world.pipeline._shared.channels.values():
                 monkeypatch.setattr(channel, "_on_event", late)
             world[f"0.{place}"].die()
             (recovery,) = world.wait(lambda state: state.recoveries_total == 1).recoveries
-            world.pipeline._events.put(lambda: None)
+            world.pipeline._conductor.look_again()
             assert world.state.recoveries_total == 1
         assert (recovery.kind, recovery.reason) == (RecoveryKind.BORROW, LossReason.RESET)
 
@@ -483,9 +483,9 @@ class TestANewPlan:
             moved = FakeStage("0.1", 2, has_kv=True)
             old, world.stages[moved.id] = world["0.1"], moved
             connected = threading.Semaphore(0)
-            put = world.pipeline._events.put
+            put = world.pipeline._conductor._events.put
             monkeypatch.setattr(
-                world.pipeline,
+                world.pipeline._conductor,
                 "_make_channel",
                 lambda ref, plan: Channel(ref, 0, DIGEST, TOKEN, world.limits, put_and_tell, world.pipeline._on_result),
             )
