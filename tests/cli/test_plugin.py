@@ -1,4 +1,4 @@
-"""What ``kubectl resilientllm`` makes of an object's status."""
+"""What ``kubectl resilientllm`` plans and drains; its pictures are in test_status.py."""
 
 from __future__ import annotations
 
@@ -7,193 +7,27 @@ import io
 import json
 import socket
 import threading
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from resilientllm_api.crd import NOTHING_OBSERVED, ResilientLLM
+from resilientllm_api.crd import ResilientLLM
 from resilientllm_cli.plugin import command, view
 from resilientllm_cli.plugin.cluster import Cluster, Node
 from resilientllm_cli.plugin.draining import dependants, engines
 from resilientllm_cli.plugin.planned import planned
 from rich.console import Console, RenderableType
 
-NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+from tests.cli.builders import BORROWED, instance, place, tiny
+
 ZONE = "topology.kubernetes.io/zone"
-
-
-def place(instance: int, number: int, **changes: Any) -> dict[str, Any]:
-    """A stage on a node of its own, whose copies the next instance keeps."""
-    return {
-        "stage": number,
-        "pod": f"tiny-{instance}-s{number}-abc",
-        "node": f"node-{instance}-{number}",
-        "ready": True,
-        "servedBy": f"{instance}.{number}",
-        "pair": f"{(instance + 1) % 2}.{number}",
-        "keptBy": f"{(instance + 1) % 2}.{number}",
-        "lagSeconds": 0,
-    } | changes
-
-
-def condition(kind: str, status: str, reason: str, message: str) -> dict[str, Any]:
-    return {
-        "type": kind,
-        "status": status,
-        "reason": reason,
-        "message": message,
-        "observedGeneration": 1,
-        "lastTransitionTime": NOW.isoformat(),
-    }
-
-
-WELL = (
-    condition("Ready", "True", "AllInstancesServing", "Every instance serves."),
-    condition("Degraded", "False", "AsSpecified", "Nothing that served is lost."),
-    condition("Progressing", "False", "AsSpecified", "All pods run as the spec says."),
-    condition("ReplicationHealthy", "True", "Replicating", "The copies keep up."),
-)
-
-
-def instance(number: int, *stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {
-        "instance": number,
-        "phase": "Serving",
-        "engine": f"tiny-{number}-engine-abc",
-        "node": f"node-{number}",
-        "serving": True,
-        "planVersion": 4,
-        "stages": list(stages or (place(number, 0), place(number, 1))),
-    } | changes
-
-
-def tiny(*instances: dict[str, Any], topology_key: str = "kubernetes.io/hostname", **status: Any) -> ResilientLLM:
-    """Two instances of two stages, and all is well, unless a test says otherwise."""
-    shown = instances or (instance(0), instance(1))
-    return ResilientLLM.model_validate(
-        {
-            "metadata": {"name": "tiny", "namespace": "default", "generation": 1},
-            "spec": {
-                "image": "worker",
-                "model": {"path": "/models/tiny"},
-                "instances": 2,
-                "stages": 2,
-                "replication": {"topologyKey": topology_key},
-            },
-            "status": {
-                "observedGeneration": 1,
-                "ready": "2/2",
-                "endpoint": "http://tiny.default.svc/v1",
-                "conditions": WELL,
-                "instances": shown,
-                "plan": {"version": 4, "hash": "abc"},
-            }
-            | status,
-        }
-    )
-
-
-BORROWED = tiny(
-    instance(0),
-    instance(1, place(1, 0), place(1, 1, servedBy="0.1", keptBy=None, lagSeconds=None, ready=False), phase="Degraded"),
-)
 
 
 def text(part: RenderableType) -> str:
     out = io.StringIO()
     Console(file=out, width=200).print(part)
     return out.getvalue()
-
-
-def rows(part: RenderableType) -> list[list[str]]:
-    """The cells of a table's rows, without its frame."""
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text(part).splitlines() if line[:1] == "│"]
-
-
-class TestStatus:
-    def test_of_an_object_that_is_well_says_nothing_but_facts(self) -> None:
-        assert list(view.remarks(tiny())) == []
-        assert "default/tiny  2/2 instances serve  http://tiny.default.svc/v1" in text(view.status(tiny(), NOW))
-
-    def test_shows_the_pipeline_of_every_instance(self) -> None:
-        assert [row[-1] for row in rows(view.instances(BORROWED))] == ["0.0 ─► 0.1", "1.0 ─► 0.1"]
-
-    def test_shows_a_place_that_nobody_serves(self) -> None:
-        waits = tiny(instance(0), instance(1, place(1, 0), place(1, 1, servedBy=None), phase="Waiting"))
-        assert rows(view.instances(waits))[1][-1] == "1.0 ─► no 1.1"
-
-    def test_shows_who_serves_whom_and_who_keeps_what(self) -> None:
-        table = {
-            row[0]: dict(zip(("ready", "serves", "pair", "kept"), row[3:7], strict=True))
-            for row in rows(view.stages(BORROWED))
-        }
-        assert table["0.1"]["serves"] == "instance 0 and instance 1"
-        assert table["1.1"] == {"ready": "no", "serves": "-", "pair": "0.1", "kept": "-"}
-
-    @pytest.mark.parametrize(("seconds", "shown"), [(None, "-"), (0, "< 1 s"), (4, "4 to 8 s")])
-    def test_shows_the_lag_as_roughly_as_it_is_known(self, seconds: int | None, shown: str) -> None:
-        obj = tiny(instance(0, place(0, 0, lagSeconds=seconds)))
-        assert rows(view.stages(obj))[0][-1] == shown
-
-    def test_shows_an_engine_that_holds_an_older_plan(self) -> None:
-        assert rows(view.instances(tiny(instance(0, planVersion=3))))[0][4] == "3 (of 4)"
-
-    def test_shows_the_last_recovery_first(self) -> None:
-        def recovery(minutes: int, **changes: Any) -> dict[str, Any]:
-            at = (NOW - timedelta(minutes=minutes)).isoformat()
-            return {"id": str(minutes), "instance": 1, "kind": "Borrow", "stages": [1], "detectedAt": at} | changes
-
-        obj = tiny(recoveries=[recovery(90, donor="0.1", reason="HeartbeatMissed", took="1.9s"), recovery(2)])
-        first, second = rows(view.recoveries(obj, NOW))
-        assert first[:5] == ["Borrow", "2 min", "1.1", "itself", "not over"]
-        assert second[:5] == ["Borrow (HeartbeatMissed)", "90 min", "1.1", "0.1", "1.9s"]
-
-    def test_says_what_is_not_as_it_should_be_and_the_same_words_once(self) -> None:
-        conditions = (
-            condition("Ready", "False", "StageLost", "Stage 1.1 is lost."),
-            condition("Available", "True", "SomeInstancesServing", "Requests go to 1 of 2."),
-            condition("Progressing", "False", "Unschedulable", "Stage 1.1 is lost."),
-            condition("ReplicationHealthy", "True", "SharedFailureDomain", "0.0 and 1.0 share [a]."),
-        )
-        assert list(view.remarks(tiny(conditions=conditions))) == [
-            "Ready=False (StageLost): Stage 1.1 is lost.",
-            "Available=True (SomeInstancesServing): Requests go to 1 of 2.",
-            "ReplicationHealthy=True (SharedFailureDomain): 0.0 and 1.0 share [a].",
-        ]
-        assert "0.0 and 1.0 share [a]." in text(view.status(tiny(conditions=conditions), NOW))
-
-    def test_knows_no_condition_of_a_newer_operator_and_shows_it(self) -> None:
-        obj = tiny(conditions=(*WELL, condition("Overheated", "True", "Fire", "It burns.")))
-        assert list(view.remarks(obj)) == ["Overheated=True (Fire): It burns."]
-
-    def test_says_which_stages_are_to_leave_and_what_follows(self) -> None:
-        first = place(0, 0, leaving="node node-0-0 is cordoned", successor="tiny-0-s0-def")
-        obj = tiny(instance(0, first, place(0, 1, leaving="its pod has ended", warning="the node is hot")))
-        assert list(view.remarks(obj)) == [
-            "Stage 0.0 is to leave: node node-0-0 is cordoned; pod tiny-0-s0-def follows.",
-            "Stage 0.1 is to leave: its pod has ended; no pod can follow yet.",
-            "Stage 0.1: the node is hot.",
-        ]
-
-    def test_says_what_the_operator_remembers_and_would_do(self) -> None:
-        avoided = {"name": "n1", "failures": 3, "evidence": "0.0 crashed 3 times.", "until": NOW.isoformat()}
-        breaker = {"tripped": True, "at": NOW.isoformat()}
-        assert list(view.remarks(tiny(nodes=[avoided], breaker=breaker, wouldDo=["move 0.0 off n1"]))) == [
-            "No stage that works is moved, because too many stages failed at once (status.breaker).",
-            "Node n1 is avoided: 0.0 crashed 3 times.",
-            "Would do: move 0.0 off n1",
-        ]
-        assert list(view.remarks(tiny(breaker=breaker | {"tripped": False}))) == []
-
-    def test_says_that_the_operator_lags_behind_the_spec(self) -> None:
-        assert list(view.remarks(tiny(observedGeneration=0))) == ["The operator has not seen the present spec yet."]
-
-    def test_of_an_object_that_no_operator_has_seen(self) -> None:
-        without_default = tiny().model_copy(update={"status": None})
-        for obj in (without_default, tiny(observedGeneration=NOTHING_OBSERVED)):
-            assert "see whether the operator runs" in text(view.status(obj, NOW))
 
 
 class TestPlan:

@@ -99,21 +99,37 @@ def is_cordoned(cluster: Cluster, node: str) -> bool:
 
 
 class TestStatus:
-    def test_is_shown(self, environment: dict[str, str], tiny: str) -> None:
+    def test_is_shown_and_that_nobody_calls_it_ready(self, environment: dict[str, str], tiny: str) -> None:
         result = plugin(environment, "status", tiny, "-n", NAMESPACE)
-        assert (result.returncode, result.stderr) == (0, "")
+        assert (result.returncode, result.stderr) == (1, "")
         assert "plugin-test/tiny  2/2 instances serve" in result.stdout
-        assert "instance 0" in result.stdout
+        assert "serves home" in result.stdout
 
     def test_is_there_for_programs(self, environment: dict[str, str], tiny: str) -> None:
         (item,) = json.loads(plugin(environment, "status", "--json", "-A").stdout)["items"]
-        assert (item["namespace"], item["name"]) == (NAMESPACE, "tiny")
-        assert item["status"]["instances"][0]["stages"][0]["servedBy"] == "0.0"
+        assert item["name"] == "plugin-test/tiny"
+        assert item["instances"][0]["places"][0]["served_by"] == "0.0"
+
+    def test_is_followed_without_kubectl(self, cluster: Cluster, environment: dict[str, str], tiny: str) -> None:
+        words = ("status", tiny, "-n", NAMESPACE, "--watch", "--json")
+        with started(environment, *words, program=("resilientllm",)) as watching:
+            assert watching.stdout is not None
+            seen = [json.loads(watching.stdout.readline())]
+            write_status(cluster, served_by="1.0", kept_by="0.0")
+            seen.append(json.loads(watching.stdout.readline()))
+            watching.terminate()
+            assert watching.wait(BOUND_SECONDS) == 1
+        assert [each["items"][0]["instances"][0]["places"][0]["served_by"] for each in seen] == ["0.0", "1.0"]
 
     def test_of_an_object_that_is_not_there(self, environment: dict[str, str], namespace: str) -> None:
         result = plugin(environment, "status", "large", "-n", NAMESPACE)
         assert result.returncode == 2
         assert '"large" not found' in result.stderr
+
+    def test_of_a_namespace_without_objects(self, environment: dict[str, str], namespace: str) -> None:
+        result = plugin(environment, "status", "-n", "kube-public")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "no ResilientLLM objects in namespace kube-public" in result.stderr
 
     def test_without_the_right_to_look(self, cluster: Cluster, environment: dict[str, str], tmp_path: Path) -> None:
         config = yaml.safe_load(cluster.kubeconfig.read_text())
@@ -176,9 +192,10 @@ class TestDrain:
 
 
 @contextmanager
-def started(environment: dict[str, str], *words: str) -> Iterator[subprocess.Popen[str]]:
-    command = ["kubectl", "resilientllm", *words]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+def started(
+    environment: dict[str, str], *words: str, program: tuple[str, ...] = ("kubectl", "resilientllm")
+) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([*program, *words], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

@@ -12,6 +12,7 @@ from resilientllm_cli.bench import command as bench_command
 from resilientllm_cli.chaos import command as chaos_command
 from resilientllm_cli.errors import UsageError
 from resilientllm_cli.local import command as local_command
+from resilientllm_cli.status import command as status_command
 
 USAGE_ERROR = 2
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_make_tiny_model(commands)
     local_command.add_parser(commands)
+    status_command.add_parser(commands)
     bench_command.add_parser(commands)
     chaos_command.add_parser(commands)
     return parser

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
 import sys
@@ -58,16 +57,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "storage: from --model (default)",
     )
     up_parser.add_argument("--env", metavar="K=V", action="append", default=[], help="for the processes; repeatable")
-    _add_directory(up_parser)
+    add_directory(up_parser)
     up_parser.set_defaults(run=up)
 
-    for name, run, text in (("status", status, "show a running one"), ("down", down, "stop a running one")):
+    for name, run, text in (
+        ("status", status, "show the processes of a running one; who serves whom: resilientllm status --local"),
+        ("down", down, "stop a running one"),
+    ):
         parser = actions.add_parser(name, help=text)
-        _add_directory(parser)
+        add_directory(parser)
         parser.set_defaults(run=run)
 
 
-def _add_directory(parser: argparse.ArgumentParser) -> None:
+def add_directory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--directory", type=Path, default=DEFAULT_DIRECTORY, help=f"state, plans and logs (default {DEFAULT_DIRECTORY})"
     )
@@ -122,7 +124,7 @@ def _print_transitions(before: LocalState | None, after: LocalState) -> None:
 
 def status(arguments: argparse.Namespace) -> int:
     files = Files(arguments.directory)
-    if not _is_running(files):
+    if not state.is_running(files):
         raise UsageError(f"nothing runs in {files.directory}: start it with `resilientllm local up`")
     Console().print(view.table(state.read(files.state)))
     return 0
@@ -130,25 +132,13 @@ def status(arguments: argparse.Namespace) -> int:
 
 def down(arguments: argparse.Namespace) -> int:
     files = Files(arguments.directory)
-    if not _is_running(files):
+    if not state.is_running(files):
         return 0
     os.kill(state.read(files.state).pid, signal.SIGTERM)
     deadline = time.monotonic() + DOWN_TIMEOUT_SECONDS
-    while _is_running(files):
+    while state.is_running(files):
         if time.monotonic() > deadline:
             print(f"expected the run in {files.directory} to stop within {DOWN_TIMEOUT_SECONDS:g} s", file=sys.stderr)
             return 1
         time.sleep(0.1)
     return 0
-
-
-def _is_running(files: Files) -> bool:
-    """The lock is held for exactly as long as a run lives; a state file may outlive it."""
-    try:
-        with files.lock.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from resilientllm_api.engine_state import EnginePhase, EngineState, ReplicationState
 from resilientllm_api.plan import StageId
 
-from resilientllm_cli.local.layout import Endpoints, EngineEndpoints, engine_name, stage_name
+from resilientllm_cli.local.layout import Endpoints, EngineEndpoints, Files, engine_name, stage_name
 from resilientllm_cli.supervise.supervisor import Phase, Status
 
 
@@ -149,3 +150,15 @@ def read(path: Path) -> LocalState:
         engines=tuple(EngineEntry(**entry) for entry in document["engines"]),
         stages=tuple(StageEntry(**entry) for entry in document["stages"]),
     )
+
+
+def is_running(files: Files) -> bool:
+    """The lock is held for exactly as long as a run lives; a state file may outlive it."""
+    try:
+        with files.lock.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from resilientllm_api.crd import ResilientLLM
 
-from resilientllm_cli.plugin.view import name_of
+from resilientllm_cli.status.of_object import name_of
 
 
 def dependants(objects: Iterable[ResilientLLM], node: str) -> list[str]:
