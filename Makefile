@@ -66,8 +66,9 @@ types: setup ## mypy, strict
 imports: setup ## who may import whom
 	@$(RUN) lint-imports --no-logo
 
-generate: setup ## write anew what is made from code: crds/, docs/metrics.md, and the chart from the manifests
+generate: setup ## write anew what is made from code: crds/, docs/api.md, docs/metrics.md, and the chart from the manifests
 	@$(RUN) resilientllm-generate-crd crds
+	@$(RUN) python -m tools.api_reference
 	@$(RUN) python -m tools.metrics_reference
 	@$(RUN) python tools/generate_chart.py
 

@@ -7,8 +7,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
+from jsonschema import Draft7Validator
 from resilientllm_api.crd_schema import openapi_schema
 from resilientllm_api.reasons import EventReason, Reason
 
@@ -42,6 +45,51 @@ def links(document: Path) -> Iterator[str]:
     for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", prose(document)):
         if not re.match(r"[a-z]+:", target):
             yield target
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_to_elsewhere_are_well_formed(document: Path) -> None:
+    """Whether they lead somewhere, only the network knows."""
+    targets = re.findall(r"\[[^\]]*\]\(((?:[a-z]+:|//)[^)]*)\)|<((?:https?:)[^>]*)>", prose(document))
+    elsewhere = [urlsplit(first or second) for first, second in targets]
+
+    assert [each.geturl() for each in elsewhere if each.scheme != "https" or "." not in (each.hostname or "")] == []
+    assert [each.geturl() for each in elsewhere if re.search(r"\s", each.geturl())] == []
+
+
+def test_every_page_can_be_found() -> None:
+    """From the index, or from a page that is in it."""
+    index = REPOSITORY / "docs" / "README.md"
+    found, rest = {index}, [index]
+    while rest:
+        page = rest.pop()
+        linked = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
+        rest += (new := {each for each in linked if each.suffix == ".md"} - found)
+        found |= new
+
+    assert {page for page in documents() if page.is_relative_to(REPOSITORY / "docs")} - found == set()
+
+
+def closed(schema: Any) -> Any:
+    """The same, and an object has no fields but those that it names."""
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: closed(value) for key, value in schema.items()}
+    return {"additionalProperties": False, **inner} if isinstance(schema.get("properties"), dict) else inner
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_objects_in_examples_are_as_the_crd_has_them(document: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    objects = [each for block in blocks for each in yaml.safe_load_all(block) if isinstance(each, dict)]
+    schema = closed(openapi_schema())
+    schema["properties"]["metadata"] = {"type": "object"}
+
+    for each in objects:
+        if each.get("kind") == "ResilientLLM":
+            Draft7Validator(schema).validate(each)
 
 
 def make_targets() -> set[str]:
