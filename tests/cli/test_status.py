@@ -414,9 +414,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_help_has_examples_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words", [[], ["status"], ["local"], ["local", "up"], ["bench"], ["chaos"], ["make-tiny-model"]]
+)
+def test_every_command_helps(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        command_line(["status", "--help"])
+        command_line([*words, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "resilientllm status --local --watch" in text and "exit codes: 0" in text
+    assert text.startswith(" ".join(["usage: resilientllm", *words]))
+    if words in ([], ["status"]):
+        assert "exit codes: 0" in text

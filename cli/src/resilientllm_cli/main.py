@@ -15,6 +15,9 @@ from resilientllm_cli.local import command as local_command
 from resilientllm_cli.status import command as status_command
 
 USAGE_ERROR = 2
+EPILOG = """exit codes: 0 done, and all is well; 1 done, and it is not: bench or chaos found a token lost, duplicated
+or changed, or another problem; an instance that status shows is not whole; local down took too long; 2 wrong arguments
+or surroundings, with a line that says what to do."""
 
 
 def main() -> None:
@@ -44,7 +47,10 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="resilientllm", description="Keeps LLM inference alive when GPUs and nodes die."
+        prog="resilientllm",
+        description="Keeps LLM inference alive when GPUs and nodes die.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_make_tiny_model(commands)
