@@ -10,7 +10,7 @@ from resilientllm_api.engine_state import RecoveryKind
 from e2e.scenarios import fault
 from e2e.scenarios.scenario import TIMEOUT_SECONDS, Scenario
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(TIMEOUT_SECONDS)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(TIMEOUT_SECONDS)]
 
 AWAY_SECONDS = 12.0
 """Longer than the cluster waits before it calls a node lost: when the API server is back, all nodes look lost,
