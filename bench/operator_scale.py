@@ -6,13 +6,15 @@ engines. The operator is one process, as it is shipped, with its lease.
 
 From an event to the decision that follows from it: the clock starts when the API server has taken the event (for
 engines, when they are told), and stops when a watch of ours shows what the operator wrote. So both ways through
-the API server are in it. One object after the other, then a node with many pods at once.
+the API server are in it. One object after the other; then a node with many pods at once, another time with other
+objects; then three nodes at once, by which the breaker of whoever is on all three trips.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,6 +51,9 @@ CREATION_TIMEOUT_SECONDS = 1800.0
 DECISION_TIMEOUT_SECONDS = 60.0
 NODE_CONDITION = "GpuMemWatch"
 """NVSentinel's; every stage there is moved."""
+MANY_NODES = 3
+"""Of one object that fail within a minute: its breaker trips."""
+REST_SECONDS = 5.0
 
 
 @dataclass
@@ -59,8 +64,8 @@ class Cluster:
     objects: dict[str, Json] = field(default_factory=dict)
     pods: dict[str, Json] = field(default_factory=dict)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    made_at: dict[str, float] = field(default_factory=dict)
-    """When a pod was first seen, by its name."""
+    made: dict[str, dict[str, float]] = field(default_factory=dict)
+    """When each pod was first seen, by its slot and its name."""
     waiting: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     """Pods of which something has changed."""
     addresses: Iterator[str] = field(default_factory=lambda: (str(POD_NETWORK[number]) for number in count(256)))
@@ -87,14 +92,43 @@ class Cluster:
                     self.changed.notify_all()
 
     def saw_pod(self, pod: Json) -> None:
-        self.made_at.setdefault(pod["metadata"]["name"], time.monotonic())
-        self.waiting.put_nowait(pod["metadata"]["name"])
+        name = pod["metadata"]["name"]
+        self.made.setdefault(slot_of(name), {}).setdefault(name, time.monotonic())
+        self.waiting.put_nowait(name)
 
     async def until(self, check: Callable[[], Any], timeout_seconds: float) -> Any:
         async with asyncio.timeout(timeout_seconds), self.changed:
             while not (found := check()):
                 await self.changed.wait()
             return found
+
+    async def moments(self, checks: Mapping[Hashable, Callable[[], float | None]]) -> list[float]:
+        """When each of these was the case: a check says when, or that it is not yet."""
+        found: dict[Hashable, float] = {}
+
+        def look() -> bool:
+            for key in checks.keys() - found.keys():
+                if (at := checks[key]()) is not None:
+                    found[key] = at
+            return len(found) == len(checks)
+
+        try:
+            await self.until(look, DECISION_TIMEOUT_SECONDS)
+        except TimeoutError as error:
+            missing = sorted(map(str, checks.keys() - found.keys()))
+            error.add_note(f"{len(missing)} of {len(checks)} are missing: {', '.join(missing)}")
+            raise
+        return sorted(found.values())
+
+    def stages_on(self, nodes: Collection[str]) -> list[Json]:
+        """The pods of stages that stay there."""
+        return [
+            pod
+            for pod in self.pods.values()
+            if pod["spec"].get("nodeName") in nodes
+            and "resilientllm.dev/stage" in pod["metadata"]["labels"]
+            and "deletionTimestamp" not in pod["metadata"]
+        ]
 
     def ready(self) -> int:
         return sum(condition(obj, "Ready") == "True" for obj in self.objects.values())
@@ -257,15 +291,8 @@ async def pod_changes(cluster: Cluster, samples: int, chosen: random.Random) -> 
     found = []
     for _ in range(samples):
         name = chosen.choice(sorted(cluster.objects))
-        pods = [
-            pod
-            for pod in cluster.pods.values()
-            if pod["metadata"]["labels"]["resilientllm.dev/name"] == name
-            and "resilientllm.dev/stage" in pod["metadata"]["labels"]
-        ]
-        pod = chosen.choice(pods)
-        labels = pod["metadata"]["labels"]
-        place = int(labels["resilientllm.dev/instance"]), int(labels["resilientllm.dev/stage"])
+        pod = chosen.choice(stages_of(cluster, name))
+        place = place_of(pod)
         path = f"api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}/status"
         for ready in (False, True):
             conditions = [
@@ -284,13 +311,7 @@ async def engine_changes(cluster: Cluster, engines: Any, samples: int, chosen: r
     found = []
     for _ in range(samples):
         name = chosen.choice(sorted(cluster.objects))
-        pod = next(
-            pod
-            for pod in cluster.pods.values()
-            if pod["metadata"]["labels"]["resilientllm.dev/name"] == name
-            and pod["metadata"]["labels"].get("resilientllm.dev/stage") == "0"
-            and pod["metadata"]["labels"]["resilientllm.dev/instance"] == "0"
-        )
+        pod = stages_of(cluster, name)[0]
         for lost in ([pod["status"]["podIP"]], []):
             engines.stdin.write(json.dumps(lost).encode() + b"\n")
             engines.stdin.flush()
@@ -300,36 +321,122 @@ async def engine_changes(cluster: Cluster, engines: Any, samples: int, chosen: r
     return found
 
 
-async def node_conditions(cluster: Cluster, nodes: list[str]) -> list[dict[str, Any]]:
-    """A node's condition says that its stages are to move: from the condition to each one's new pod."""
-    found = []
-    for node in nodes:
-        there = [
-            pod["metadata"]["name"]
-            for pod in cluster.pods.values()
-            if pod["spec"].get("nodeName") == node and "resilientllm.dev/stage" in pod["metadata"]["labels"]
-        ]
-        slots = {name.rsplit("-", 1)[0] for name in there}
-        known = set(cluster.pods)
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        sick = {"type": NODE_CONDITION, "status": "True", "reason": "Bench", "message": "[79] simulated"}
-        before = (await cluster.api.get(f"api/v1/nodes/{node}"))["status"]["conditions"]
-        await cluster.api.patch(
-            f"api/v1/nodes/{node}/status",
-            {"status": {"conditions": [*before, sick | {"lastTransitionTime": now, "lastHeartbeatTime": now}]}},
+async def node_conditions(cluster: Cluster, nodes: list[str], storms: int) -> tuple[list[dict[str, Any]], set[str]]:
+    """A node's condition says that its stages are to move: from the condition to each one's status, and its new pod.
+
+    No object meets two of them: three nodes within a minute are a matter for its breaker. Also says which ones met one.
+    """
+    found, met = [], set[str]()
+    for _ in range(storms):
+        node = next(node for node in nodes if (new := owners(cluster.stages_on([node]))) and new.isdisjoint(met))
+        pods = cluster.stages_on([node])
+        met |= owners(pods)
+        begun = time.monotonic()
+        start = await sicken(cluster, [node])
+        leaving, made = await asyncio.gather(
+            cluster.moments({pod["metadata"]["name"]: partial(is_to_leave, cluster, pod) for pod in pods}),
+            cluster.moments({pod["metadata"]["name"]: partial(successor, cluster, pod, begun) for pod in pods}),
         )
-        start = time.monotonic()
+        found.append(
+            {
+                "objects": len(owners(pods)),
+                "stages": len(pods),
+                "to_status_ms": [(at - start) * 1000 for at in leaving],
+                "to_new_pod_ms": [(at - start) * 1000 for at in made],
+            }
+        )
+        await asyncio.sleep(REST_SECONDS)
+    return found, met
 
-        made = await cluster.until(partial(successors, cluster, slots, known), DECISION_TIMEOUT_SECONDS)
-        found.append({"stages": len(slots), "ms": sorted((at - start) * 1000 for at in made)})
-        await asyncio.sleep(5)
-    return found
+
+async def correlated(cluster: Cluster, met: set[str]) -> tuple[list[float], dict[str, int]]:
+    """Three nodes get the condition at once: from that to the breaker of each object that has stages on all three.
+
+    And what became of these objects. ``met``: those that have had a storm already.
+    """
+    fresh = next((name for name in sorted(cluster.objects) if name not in met), None)
+    assert fresh is not None, f"all of the {len(met)} objects have met a storm: ask for fewer, or for more objects"
+    three = list(dict.fromkeys(pod["spec"]["nodeName"] for pod in stages_of(cluster, fresh)))[:MANY_NODES]
+    hit = [name for name in owners(cluster.stages_on(three)) - met if nodes_of(cluster, name) >= set(three)]
+    before = {name: {pod["metadata"]["uid"] for pod in stages_of(cluster, name)} for name in hit}
+    start = await sicken(cluster, three)
+    tripped = await cluster.moments({name: partial(breaker_tripped, cluster, name) for name in hit})
+    await asyncio.sleep(REST_SECONDS)
+    after = {name: {pod["metadata"]["uid"] for pod in stages_of(cluster, name)} for name in hit}
+    return [(at - start) * 1000 for at in tripped], {
+        "stages_on_the_nodes": len([pod for pod in cluster.stages_on(three) if owner(pod) in hit]),
+        "pods_made": sum(len(after[name] - before[name]) for name in hit),
+        "pods_deleted": sum(len(before[name] - after[name]) for name in hit),
+        "places_served_by_another": sum(away(cluster.objects[name]["status"]) for name in hit),
+    }
 
 
-def successors(cluster: Cluster, slots: set[str], known: set[str]) -> list[float]:
-    """When the new pod of each slot was seen; empty while one is missing."""
-    made = {name: cluster.made_at[name] for name in cluster.pods.keys() - known if name.rsplit("-", 1)[0] in slots}
-    return list(made.values()) if len(made) >= len(slots) else []
+async def sicken(cluster: Cluster, nodes: Iterable[str]) -> float:
+    """Gives nodes the condition, at once; returns when the API server has taken the last."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    sick = {"type": NODE_CONDITION, "status": "True", "reason": "Bench", "message": "[79] simulated"}
+    sick |= {"lastTransitionTime": now, "lastHeartbeatTime": now}
+    conditions = [*healthy_node("")["status"]["conditions"], sick]
+    await gather(
+        cluster.api.patch(f"api/v1/nodes/{node}/status", {"status": {"conditions": conditions}}) for node in nodes
+    )
+    return time.monotonic()
+
+
+def stages_of(cluster: Cluster, name: str) -> list[Json]:
+    """The pods of an object's stages, in the order of their places."""
+    found = [
+        pod
+        for pod in cluster.pods.values()
+        if owner(pod) == name
+        and "resilientllm.dev/stage" in pod["metadata"]["labels"]
+        and "deletionTimestamp" not in pod["metadata"]
+    ]
+    return sorted(found, key=place_of)
+
+
+def nodes_of(cluster: Cluster, name: str) -> set[str]:
+    return {pod["spec"]["nodeName"] for pod in stages_of(cluster, name)}
+
+
+def breaker_tripped(cluster: Cluster, name: str) -> float | None:
+    return time.monotonic() if cluster.objects[name]["status"].get("breaker", {}).get("tripped") else None
+
+
+def away(status: Json) -> int:
+    """How many places are not served by their own stages."""
+    return sum(
+        stage["servedBy"] != f"{each['instance']}.{stage['stage']}"
+        for each in status["instances"]
+        for stage in each["stages"]
+    )
+
+
+def is_to_leave(cluster: Cluster, pod: Json) -> float | None:
+    status = cluster.objects[owner(pod)]["status"]
+    return time.monotonic() if stage_status(status, *place_of(pod)).get("leaving") else None
+
+
+def successor(cluster: Cluster, pod: Json, begun: float) -> float | None:
+    """When the next pod of the same slot was seen."""
+    return next((at for at in cluster.made[slot_of(pod["metadata"]["name"])].values() if at > begun), None)
+
+
+def slot_of(pod: str) -> str:
+    return pod.rsplit("-", 1)[0]
+
+
+def owner(pod: Json) -> str:
+    return str(pod["metadata"]["labels"]["resilientllm.dev/name"])
+
+
+def owners(pods: Iterable[Json]) -> set[str]:
+    return {owner(pod) for pod in pods}
+
+
+def place_of(pod: Json) -> tuple[int, int]:
+    labels = pod["metadata"]["labels"]
+    return int(labels["resilientllm.dev/instance"]), int(labels["resilientllm.dev/stage"])
 
 
 def summary(samples: list[float]) -> dict[str, Any]:
@@ -342,7 +449,15 @@ def summary(samples: list[float]) -> dict[str, Any]:
     }
 
 
-async def measure(control_plane: LoneControlPlane, token: str, folder: Path, options: argparse.Namespace) -> Json:
+async def measure(
+    control_plane: LoneControlPlane, token: str, folder: Path, options: argparse.Namespace, found: Json
+) -> None:
+    """Adds to ``found`` part by part: what was measured before something fails is worth having."""
+
+    def took(name: str, samples: list[float], **more: Any) -> None:
+        found[name] = summary(samples) | more
+        print(name, {key: value for key, value in found[name].items() if key != "samples_ms"}, flush=True)
+
     pods = options.objects * options.instances * (options.stages + 1)
     nodes = [f"node-{number}" for number in range(max(pods // PODS_PER_NODE, 4))]
     chosen = random.Random(7)
@@ -378,7 +493,7 @@ async def measure(control_plane: LoneControlPlane, token: str, folder: Path, opt
         steady = between(before, usage(operator.pid))
         steady["rounds"] = {name: value - counted.get(name, 0) for name, value in (await rounds()).items()}
         print("steady", steady, flush=True)
-        found: Json = {
+        found |= {
             "objects": options.objects,
             "instances": options.instances,
             "stages": options.stages,
@@ -387,24 +502,23 @@ async def measure(control_plane: LoneControlPlane, token: str, folder: Path, opt
             "creation": creation,
             "steady": steady,
         }
-        for name, samples in (
-            ("pod_status_to_status_write", await pod_changes(cluster, options.samples, chosen)),
-            ("engine_news_to_status_write", await engine_changes(cluster, running["engines"], options.samples, chosen)),
-        ):
-            found[name] = summary(samples)
-            print(name, {key: value for key, value in found[name].items() if key != "samples_ms"}, flush=True)
-        storms = await node_conditions(cluster, nodes[: options.storms])
-        found["node_condition_to_new_pod"] = {
-            "storms": storms,
-            **summary([each for storm in storms for each in storm["ms"]]),
-        }
-        found["first_of_each_storm"] = summary([storm["ms"][0] for storm in storms])
-        print("node", {k: v for k, v in found["node_condition_to_new_pod"].items() if k.endswith("ms")}, flush=True)
+        took("pod_status_to_status_write", await pod_changes(cluster, options.samples, chosen))
+        engines = running["engines"]
+        took("engine_news_to_status_write", await engine_changes(cluster, engines, options.samples, chosen))
+        storms, met = await node_conditions(cluster, nodes, options.storms)
+        for what in ("status", "new_pod"):
+            each = [storm[f"to_{what}_ms"] for storm in storms]
+            took(
+                f"node_condition_to_{what}",
+                [ms for storm in each for ms in storm],
+                storms=[len(storm) for storm in each],
+            )
+        tripped, left = await correlated(cluster, met)
+        took("correlated_to_breaker", tripped, **left)
         found["at_the_end"] = between(before, usage(operator.pid)) | {"rounds": await rounds()}
         assert operator.poll() is None, "the operator ended"
         for task in background:
             task.cancel()
-    return found
 
 
 async def tell_progress(cluster: Cluster, pid: int) -> None:
@@ -431,20 +545,24 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--samples", type=int, default=100, help="of each kind of event; every one is undone, too")
-    parser.add_argument("--storms", type=int, default=5, help="nodes that get a condition")
+    parser.add_argument("--storms", type=int, default=5, help="nodes that get a condition, one after the other")
     parser.add_argument("--steady-seconds", type=float, default=60.0)
     parser.add_argument("--keep", type=Path, help="a folder for the logs of all processes")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/operator-scale.json"))
     options = parser.parse_args()
     own_network()
+    # The pods of a thousand objects, whole: looking for cycles among them would take longer than what is measured.
+    gc.disable()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with LoneControlPlane(folder, extra=()) as control_plane:
-            found = asyncio.run(measure(control_plane, install(control_plane), folder, options))
-    found |= {"machine": machine.describe(), "versions": machine.versions()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=2) + "\n")
+            found: Json = {"machine": machine.describe(), "versions": machine.versions()}
+            try:
+                asyncio.run(measure(control_plane, install(control_plane), folder, options, found))
+            finally:
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                options.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
