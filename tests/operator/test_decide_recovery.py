@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from resilientllm_api.engine_state import EnginePhase, LossReason, Recovery, RecoveryKind
 from resilientllm_api.plan import StageId
-from resilientllm_operator.actions import Announce
+from resilientllm_operator.actions import Announce, WriteStatus
 from resilientllm_operator.world import World
 
 from tests.operator.builders import (
@@ -98,6 +98,11 @@ class TestABorrowedStage:
         assert "120 tokens were computed again, 640 were kept" in event.note
         assert unhealthy.reason == "ReplicationUnhealthy"
         assert events(settled(borrowing())) == []
+
+    def test_is_announced_before_it_is_written_down(self) -> None:
+        """Once it is written down, nobody can see what has changed with it."""
+        told = [type(each) for each in of_type(decided(borrowing()), Announce, WriteStatus)]
+        assert told == [Announce, Announce, WriteStatus]
 
     def test_is_not_told_again_by_an_operator_that_wrote_something_else_first(self) -> None:
         """The last one ended between event and status, and this one had not heard of the engine when it began."""

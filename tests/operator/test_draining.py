@@ -389,5 +389,11 @@ class TestAPause:
         world = self.paused(without_pod(healthy_world(), stage(0, 1)))
         assert len(of_type(decided(world), CreatePod)) == 1
 
+    def test_lets_an_engine_that_was_lost_go_on_with_the_stages_that_there_are(self) -> None:
+        """They are of an older spec, and stay so for as long as the pause lasts: waiting for others would not end."""
+        world = with_pod(TestAnEngineThatFollowsAnother.world(0), stage(0, 1), spec_hash="older")
+        assert 0 not in plans(world)
+        assert 0 in plans(self.paused(world))
+
     def test_lets_the_object_be_ready(self) -> None:
         assert condition(self.paused(healthy_world()), "Ready")[0] == "True"

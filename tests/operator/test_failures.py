@@ -12,11 +12,13 @@ from resilientllm_api.crd import FailureCause, FailureStatus
 from resilientllm_api.engine_state import EnginePhase, LossReason, Recovery, RecoveryKind
 from resilientllm_api.plan import StageId
 from resilientllm_operator.actions import Announce, ApplyEndpoints, CreatePod, CreateToken, DeletePod, PublishPlan
+from resilientllm_operator.assessment import LAST_WORDS_LINES, LAST_WORDS_MOST
 from resilientllm_operator.breaker import AT_ONCE, QUIET
 from resilientllm_operator.failures import KEPT, ONE_INCIDENT
 from resilientllm_operator.names import Slot
 from resilientllm_operator.node_affinity import nodes_kept_off
 from resilientllm_operator.signals import NOT_READY_PATIENCE
+from resilientllm_operator.succession import PATIENCE
 from resilientllm_operator.world import Ailment, Exit, PodView, World
 
 from tests.operator.builders import (
@@ -190,6 +192,17 @@ class TestTheRecord:
         assert (shown.last_exit.code, shown.last_exit.at) == (139, NOW)
         assert shown.last_exit.message == CRASH.rstrip()
 
+    def test_keeps_the_end_of_last_words_and_not_too_much(self) -> None:
+        """A status is written often, and by a process that ends nobody is asked how long its lines are."""
+        words = "\n".join([*(f"line {number}" for number in range(100)), "x" * 5000, "the end\n"])
+        shown = status_of(failed(healthy_world(), NOW, message=words)).instances[0].stages[1]
+        assert shown.last_exit is not None
+        assert len(shown.last_exit.message) == LAST_WORDS_MOST and shown.last_exit.message.endswith("x\nthe end")
+        words = "\n".join(f"line {number}" for number in range(100))
+        shown = status_of(failed(healthy_world(), NOW, message=words)).instances[0].stages[1]
+        assert shown.last_exit is not None
+        assert shown.last_exit.message.splitlines() == words.splitlines()[-LAST_WORDS_LINES:]
+
 
 class TestANodeThatFailsAgainAndAgain:
     def test_is_avoided_with_the_evidence(self) -> None:
@@ -357,6 +370,26 @@ class TestTheBreaker:
             world = with_pod(world, slot, leaving=True, ends_by=NOW + MINUTE)
         made = [each.name.rsplit("-", 1)[0] for each in of_type(decided(world), CreatePod)]
         assert made == ["tiny-0-s0", "tiny-0-s1", "tiny-0-s2"]
+
+    def test_keeps_the_place_of_a_stage_whose_next_pod_was_made_before_and_that_pod(self) -> None:
+        """Either of them may turn out to be the one that works."""
+
+        def both(world: World) -> World:
+            following = replace(pod_in(world, PLACE), name="next", uid="next", created=NOW, node="node-free")
+            return replace(world, pods=(*world.pods, replace(following, ip="10.0.9.1", ready_since=NOW)))
+
+        def follows(world: World) -> tuple[str | None, list[str]]:
+            """Who fills the place, and what is deleted."""
+            at = NOW + PATIENCE
+            stages = status_of(world, at).instances[0].stages
+            return stages[1].pod, [each.name for each in of_type(decided(world, at), DeletePod)]
+
+        first = pod_in(healthy_world(), PLACE).name
+        assert follows(both(faulty("node-1"))) == ("next", [first])
+        tripped = settled(faulty("node-0", "node-1", "node-2"))
+        assert follows(both(tripped)) == (first, [])
+        assert follows(with_nodes(both(tripped))) == (first, []), "nothing speaks against the first one any more"
+        assert follows(with_nodes(both(healthy_world()))) == (first, ["next"])
 
     def test_starts_no_roll_out(self) -> None:
         world = settled(faulty("node-0", "node-1", "node-2"))
