@@ -22,6 +22,8 @@ class Scene:
     world: World
     random: Random
     victim: StageId
+    other: StageId | None = None
+    """Whom the engine names, where the fault is about one: its donor, its keeper."""
     load: Load = field(default_factory=Load)
     landed: dict[str, object] = field(default_factory=dict)
     """The evidence that the fault happened; empty as long as there is none."""

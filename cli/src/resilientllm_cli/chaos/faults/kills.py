@@ -37,6 +37,14 @@ def served_by(state: EngineState, place: int) -> StageId | None:
     return state.stages[place].served_by if state.stages else None
 
 
+def find_keeper(scene: Scene) -> None:
+    """Before the streams begin: a busy engine may take longer to answer than they last."""
+    place = scene.victim
+    scene.other = scene.state(place.instance).replication[place.stage].kept_by
+    if scene.other is None:
+        raise RuntimeError(f"expected a keeper of {place}, found none")
+
+
 def lose_own(scene: Scene) -> None:
     """The victim's own stage is gone for the whole run, and a donor stands in."""
     lost = scene.victim
@@ -47,25 +55,24 @@ def lose_own(scene: Scene) -> None:
         return state.serving and served_by(state, lost.stage) not in (None, lost)
 
     scene.wait_state(lost.instance, donor_serves, "a donor to stand in", DONOR_SECONDS)
+    scene.other = served_by(scene.state(lost.instance), lost.stage)
 
 
 def kill_donor(scene: Scene) -> None:
-    lost = scene.victim
-    donor = served_by(scene.state(lost.instance), lost.stage)
-    if donor is None or donor == lost:
-        raise RuntimeError(f"expected a donor at {lost}, found {donor}")
     scene.donor_exists = scene.shape.instances > 2
-    scene.strike()
-    scene.landed = {"donor": str(donor), "of": str(lost), **scene.world.processes.kill(stage_name(donor))}
+    _kill_other(scene, "donor")
 
 
 def kill_keeper(scene: Scene) -> None:
-    place = scene.victim
-    keeper = scene.state(place.instance).replication[place.stage].kept_by
-    if keeper is None:
-        raise RuntimeError(f"expected a keeper of {place}, found none")
+    _kill_other(scene, "keeper")
+
+
+def _kill_other(scene: Scene, role: str) -> None:
+    if scene.other is None:
+        raise RuntimeError(f"expected a {role} of {scene.victim}, found none")
     scene.strike()
-    scene.landed = {"keeper": str(keeper), "of": str(place), **scene.world.processes.kill(stage_name(keeper))}
+    evidence = scene.world.processes.kill(stage_name(scene.other))
+    scene.landed = {role: str(scene.other), "of": str(scene.victim), **evidence}
 
 
 def kill_two(scene: Scene) -> None:
@@ -80,10 +87,9 @@ def kill_two(scene: Scene) -> None:
 def kill_second(scene: Scene) -> None:
     """Either the one that is about to stand in, or another one of the same pipeline."""
     victim = scene.victim
-    keeper = scene.state(victim.instance).replication[victim.stage].kept_by
     others = [each for each in scene.shape.stage_ids() if each.instance == victim.instance and each != victim]
-    donor = keeper is not None and scene.random.random() < 0.5
-    second = keeper if keeper is not None and donor else scene.random.choice(others)
+    donor = scene.random.random() < 0.5
+    second = scene.other if scene.other is not None and donor else scene.random.choice(others)
     scene.donor_exists = scene.shape.instances > 2 or not donor
     scene.strike()
     began = time.monotonic()
@@ -99,7 +105,7 @@ KINDS = (
     Kind("kill-middle", kill, places=middle),
     Kind("kill-last", kill, places=last),
     Kind("kill-donor", kill_donor, prepare=lose_own),
-    Kind("kill-keeper", kill_keeper),
+    Kind("kill-keeper", kill_keeper, prepare=find_keeper),
     Kind("kill-two", kill_two),
-    Kind("kill-second", kill_second),
+    Kind("kill-second", kill_second, prepare=find_keeper),
 )
