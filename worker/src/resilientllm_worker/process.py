@@ -61,7 +61,9 @@ def end_at_once(code: int) -> NoReturn:
     That takes seconds with torch and vLLM in it, and does nothing that the kernel would not do: their memory, sockets
     and devices are free at once this way.
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # what holds the log may be full
+        os._exit(code)

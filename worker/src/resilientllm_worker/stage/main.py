@@ -67,7 +67,13 @@ def _run() -> None:
 
     init_method = get_file_store_init_method()
     followers = _start_followers(args, init_method)
-    model, digest, weights = run_nicely(lambda: _load(args, init_method, followers, token))
+    try:
+        model, digest, weights = run_nicely(lambda: _load(args, init_method, followers, token))
+    except BadConfiguration:
+        raise
+    except Exception:
+        logger.exception("stage %d.%d cannot load", args.instance, args.stage)
+        end_at_once(1)  # an interpreter with half a model in it may not come to its end
     model.adopt_thread()
 
     from resilientllm_worker.stage.server import StageServer, listen
