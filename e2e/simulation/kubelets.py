@@ -61,7 +61,8 @@ class Kubelets:
         same = before is not None and before["status"] == status
         condition["lastTransitionTime"] = before["lastTransitionTime"] if before is not None and same else _now()
         capacity = {"cpu": "64", "memory": "256Gi", "pods": "110"}
-        status_now: Json = {"conditions": [condition], "capacity": capacity, "allocatable": capacity}
+        others = [each for each in found["status"].get("conditions", []) if each["type"] != "Ready"]
+        status_now: Json = {"conditions": [*others, condition], "capacity": capacity, "allocatable": capacity}
         await self._api.patch(f"api/v1/nodes/{node}/status", {"status": status_now})
 
     async def _look(self) -> None:
