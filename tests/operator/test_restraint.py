@@ -132,13 +132,14 @@ def test_a_pause_keeps_what_works_and_replaces_what_is_lost(tell: Tell) -> None:
             await it.until("the cordon to be seen", seen)
             await a_whole_round(it)
             assert touched(it, writes) == []
-            lost = (await it.pod_of("1-s0"))["metadata"]
-            await it.api.delete(f"api/v1/namespaces/{it.namespace}/pods/{lost['name']}")
+            lost = (await it.pod_of("1-s0"))["metadata"]["name"]
+            await it.api.delete(f"api/v1/namespaces/{it.namespace}/pods/{lost}")
 
             async def replaced() -> bool:
-                return bool((await it.pod_of("1-s0"))["metadata"]["uid"] != lost["uid"])
+                return it.made(writes) == {"1-s0": 1} and await it.as_specified()
 
             await it.until("another pod of 1-s0", replaced)
+            await a_whole_round(it)
             assert it.made(writes) == {"1-s0": 1}
             await annotate(it, "paused", None)
             await moves(it, "0-s1", node)
