@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from resilientllm_worker.protocol.messages import PROTOCOL_VERSION, Weights, WeightsHello, WeightsWelcome
 from resilientllm_worker.seams.launch import make_config, make_parser, prepare
@@ -30,23 +32,26 @@ def main() -> None:
     own.add_argument("--bursts", type=int, required=True)
     own.add_argument("--seconds", type=float, required=True, help="of a burst, and of the pause before each")
     mine, flags = own.parse_known_args()
-    run_nicely(lambda: _bursts(mine, flags))
+    # vLLM logs to standard output, where only answers are wanted.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    run_nicely(lambda: _bursts(mine, flags, answers))
 
 
-def _bursts(mine: argparse.Namespace, flags: list[str]) -> None:
+def _bursts(mine: argparse.Namespace, flags: list[str], answers: TextIO) -> None:
     args = make_parser("take-weights", "").parse_args(flags)
     prepare(args)
     digest = weights_digest(make_config(args), mine.stage, 0)
     hello = WeightsHello(PROTOCOL_VERSION, mine.stage, 0, digest)
     token = mine.token_file.read_bytes().strip()
-    print("ready", flush=True)
+    print("ready", file=answers, flush=True)
     sys.stdin.readline()
     for _ in range(mine.bursts):
         time.sleep(mine.seconds)
         began, taken = time.monotonic(), 0
         while time.monotonic() < began + mine.seconds:
             taken += _take(mine.address, token, hello)
-        print(json.dumps({"began": began, "ended": time.monotonic(), "bytes": taken}), flush=True)
+        print(json.dumps({"began": began, "ended": time.monotonic(), "bytes": taken}), file=answers, flush=True)
     time.sleep(mine.seconds)
 
 

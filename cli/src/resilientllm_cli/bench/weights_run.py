@@ -159,16 +159,17 @@ def _give(layout: Layout, cluster: LocalCluster, settings: WeightsSettings) -> l
     with _taker(layout, cluster, settings) as taker:
         orders, answers = taker.stdin, taker.stdout
         assert orders is not None and answers is not None
-        if answers.readline().strip() != "ready":
-            raise RuntimeError(f"expected {TAKER} to be ready, found its end: see {cluster.files.log('taker')}")
+        if (said := answers.readline().strip()) != "ready":
+            found = repr(said) if said else "its end"
+            raise RuntimeError(f"expected {TAKER} to be ready, found {found}: see {cluster.files.log('taker')}")
         bursts: list[Burst] = []
 
         def listen() -> None:
             orders.write("go\n")
             orders.flush()
             for line in answers:
-                said = json.loads(line)
-                bursts.append(Burst(said["began"], said["ended"], said["bytes"]))
+                burst = json.loads(line)
+                bursts.append(Burst(burst["began"], burst["ended"], burst["bytes"]))
 
         streams = asyncio.run(_stream_during(listen, cluster.engines[SERVING].url, settings))
         if taker.wait() != 0 or len(bursts) != settings.bursts:
