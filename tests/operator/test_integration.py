@@ -541,6 +541,31 @@ class TestChanges:
         eventually("both pods are replaced", lambda: len(pods(cluster).items() - made.items()) == 2)
 
 
+class TestPods:
+    def test_carry_what_clusters_with_gpus_ask_for(
+        self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path
+    ) -> None:
+        """As the API server has them: a field that it does not know would be gone, one that is wrong be refused."""
+        names = {"metadata": {"name": "test-gpu"}}
+        runtime = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "nvidia"} | names
+        priority = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "value": 7} | names
+        limits = {"nvidia.com/gpu": "2", "rdma/hca": "1", "hugepages-2Mi": "2Mi", "memory": "1Gi"}
+        asked = {"runtimeClassName": "test-gpu", "priorityClassName": "test-gpu"}
+        stage = NOWHERE | asked | {"resources": {"limits": limits}}
+        try:
+            for each in (runtime, priority):
+                apply(cluster, each)
+            with operator(kubeconfig, tmp_path / "log"):
+                apply(cluster, unplaced(stage=stage, imagePullSecrets=[{"name": "registry"}]))
+                selector = ("-l", "resilientllm.dev/role=stage")
+                (pod,) = eventually("the pod", lambda: read(cluster, "pods", *selector)["items"])
+        finally:
+            cluster.kubectl("delete", "runtimeclass/test-gpu", "priorityclass/test-gpu", "--ignore-not-found")
+        given = pod["spec"]
+        assert given | asked | {"imagePullSecrets": [{"name": "registry"}], "priority": 7} == given
+        assert given["containers"][0]["resources"]["limits"] == limits
+
+
 class TestBudgets:
     def test_let_one_of_two_copies_go(self, cluster: Cluster, namespace: str, kubeconfig: Path, tmp_path: Path) -> None:
         with operator(kubeconfig, tmp_path / "log"):

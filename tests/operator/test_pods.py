@@ -113,6 +113,28 @@ class TestEveryPod:
         assert labels["app.kubernetes.io/managed-by"] == MANAGER
 
 
+def test_a_pod_gets_what_clusters_with_gpus_ask_for() -> None:
+    asked = {
+        "resources": {"limits": {"nvidia.com/gpu": 4, "rdma/hca": "1", "hugepages-2Mi": "1Gi", "memory": "8Gi"}},
+        "nodeSelector": {"nvidia.com/gpu.present": "true"},
+        "runtimeClassName": "nvidia",
+        "priorityClassName": "serving",
+    }
+    owner = obj(spec=spec(stage=asked, imagePullSecrets=[{"name": "registry"}]))
+    given = build_pod(owner, stage(1, 0))["spec"]
+    assert given["containers"][0]["resources"] == asked.pop("resources")
+    assert given | asked == given
+    assert given["imagePullSecrets"] == [{"name": "registry"}]
+    assert build_pod(owner, engine(1))["spec"].keys() & asked.keys() == set()
+
+
+@pytest.mark.parametrize("slot", SLOTS, ids=str)
+def test_what_is_not_asked_for_is_not_in_the_pod(slot: Slot) -> None:
+    """Also not as an empty value: that would be another hash, and a new operator would replace every pod."""
+    unasked = {"nodeSelector", "runtimeClassName", "priorityClassName", "imagePullSecrets"}
+    assert build_pod(obj(), slot)["spec"].keys() & unasked == set()
+
+
 def test_a_downloaded_model_is_not_offline() -> None:
     names = {each["name"] for each in container(stage(0, 0), model={"name": "org/model"})["env"]}
     assert "HF_HUB_OFFLINE" not in names

@@ -119,6 +119,11 @@ class Model(CrdModel):
     volume: ModelVolume | None = None
 
 
+class ImagePullSecret(CrdModel):
+    name: Name
+    """A Secret for a registry, in the object's namespace."""
+
+
 class SecretKey(CrdModel):
     name: Name
     """The Secret, in the object's namespace."""
@@ -144,7 +149,7 @@ class EnvVar(CrdModel):
 
 
 class Resources(CrdModel):
-    """As in a container. GPUs are asked for here, for example ``limits: {nvidia.com/gpu: 1}``."""
+    """As in a container, for example ``limits: {nvidia.com/gpu: 1}``. Any resource of a node goes: hugepages, too."""
 
     requests: Annotated[dict[str, Quantity], Field(max_length=16)] | None = None
     limits: Annotated[dict[str, Quantity], Field(max_length=16)] | None = None
@@ -175,6 +180,10 @@ class PodTemplate(CrdModel):
     node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)] | None = None
     """Nodes must carry these labels."""
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = ()
+    runtime_class_name: Name | None = None
+    """A RuntimeClass of the cluster, for example nvidia where that is not the nodes' default."""
+    priority_class_name: Name | None = None
+    """A PriorityClass of the cluster."""
 
 
 class Replication(CrdModel):
@@ -373,6 +382,13 @@ class ResilientLLMSpec(CrdModel):
     image: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\s]+$")]
     """The worker image, for engines and stages."""
     image_pull_policy: ImagePullPolicy = ImagePullPolicy.IF_NOT_PRESENT
+    image_pull_secrets: Annotated[
+        tuple[ImagePullSecret, ...],
+        Field(
+            max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = ()
+    """For the registry of the image. Without any, those of the namespace's default ServiceAccount are used."""
     model: Model
     instances: Annotated[int, Field(ge=1, le=MAX_INSTANCES)] = 2
     """Complete copies of the model that serve requests. With one, no other can stand in for a lost stage."""

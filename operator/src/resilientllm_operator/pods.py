@@ -154,9 +154,14 @@ def _pod_spec(obj: ObjectView, slot: Slot) -> Manifest:
         "containers": [_container(obj, slot, template)],
         "volumes": _volumes(obj, slot),
     }
-    if template.node_selector:
-        pod["nodeSelector"] = dict(template.node_selector)
-    return pod
+    # What is not asked for is left out, and not empty: another pod would be another hash, and a roll-out.
+    asked = {
+        "nodeSelector": dict(template.node_selector or {}),
+        "runtimeClassName": template.runtime_class_name,
+        "priorityClassName": template.priority_class_name,
+        "imagePullSecrets": [each.model_dump(mode="json") for each in spec.image_pull_secrets],
+    }
+    return pod | {field: value for field, value in asked.items() if value}
 
 
 def _container(obj: ObjectView, slot: Slot, template: PodTemplate) -> Manifest:
