@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any, cast
 
@@ -33,11 +33,13 @@ def sent(tokens: list[int], error: str | None = None, pause: float = 0.0, begins
     return Sent(0, stream, begins - 0.1)
 
 
-def judged(streams: list[Sent], kind: str = "kill-first", lands: bool = True, **scene: Any) -> Line:
+def judged(
+    streams: list[Sent], kind: str = "kill-first", lands: bool = True, suspected_after: float = 0.5, **scene: Any
+) -> Line:
     made = Scene(cast("World", FakeWorld()), Random(1), StageId(instance=0, stage=0), **scene)
     made.at_seconds, made.at_wall = FAULT_AT, datetime(2026, 1, 1, tzinfo=UTC).timestamp()
     made.landed = {"pid": 1} if lands else {}
-    suspected = datetime(2026, 1, 1, 0, 0, 0, 500_000, tzinfo=UTC)
+    suspected = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=suspected_after)
     recovery = Recovery(id="1", kind=RecoveryKind.BORROW, stages=(0,), reason=LossReason.RESET, detected_at=suspected)
     undisturbed = Undisturbed({0: [EXPECTED]}, {0: [0.1]})
     return judge(
@@ -50,6 +52,18 @@ def test_a_stream_as_undisturbed_is_no_problem_and_its_stall_is_what_was_added()
     assert line.problems == () and line.streams_met == 1
     assert abs((line.stall_seconds or 0.0) - 1.0) < 1e-6
     assert line.detection_seconds == 0.5
+
+
+def test_a_suspicion_before_the_fault_is_a_false_alarm_and_no_detection() -> None:
+    line = judged([sent(EXPECTED)], suspected_after=-1.2)
+    assert line.detection_seconds is None
+    assert line.problems == ("suspected before the fault: ConnectionReset",)
+
+
+def test_who_asked_for_a_few_tokens_lost_none_of_the_others() -> None:
+    few = sent(EXPECTED[:2])
+    few.asked = 2
+    assert judged([few, sent(EXPECTED)]).lost == 0
 
 
 def test_what_is_lost_doubled_or_changed_is_told() -> None:

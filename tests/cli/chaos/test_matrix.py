@@ -53,6 +53,26 @@ def test_what_is_no_shape_is_refused(text: str) -> None:
         Shape.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("shape", "lost", "enough"),
+    [
+        (Shape(2, 2), ["0.1"], True),
+        (Shape(2, 2), ["0.1", "1.1"], False),
+        (Shape(2, 2), ["0.1", "1.0"], True),
+        (Shape(2, 2), ["0.0", "0.1"], True),
+        (Shape(3, 2), ["0.1", "1.1"], False),  # the third takes one guest
+        (Shape(3, 3), ["0.0", "1.1", "2.2"], True),
+        (Shape(4, 1), ["0.0", "3.0"], True),
+        (Shape(4, 1), ["0.0", "1.0", "3.0"], False),
+        (Shape(1, 2), ["0.0"], False),
+    ],
+)
+def test_each_lost_stage_needs_a_donor_of_its_own_place_that_is_there(
+    shape: Shape, lost: list[str], enough: bool
+) -> None:
+    assert shape.have_donors({StageId.parse(each) for each in lost}) is enough
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_copies_of_a_stage_are_on_different_nodes(shape: Shape) -> None:
     for stage in range(shape.stages):

@@ -10,12 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from resilientllm_cli.chaos.crowd import run_light_stream
 from resilientllm_cli.streams import Sampling, Stream, connect, model_name, run_stream
 
 STREAMS = 4
 """To each engine."""
 BOUND_SECONDS = 60.0
 """For all streams of a run; longer than a request waits for a donor."""
+CROWD_TOKENS = 24
+"""That each of a crowd asks for."""
+AT_ONCE, BETWEEN_SECONDS = 4, 0.01
+"""A crowd comes in groups, so that to send its requests does not keep this thread from reading."""
 SLOW_SECONDS = 0.05
 """Between two chunks that a slow reader takes; a step takes a tenth of it."""
 
@@ -46,6 +51,8 @@ class Sent:
     sent_seconds: float = 0.0
     left: bool = False
     """Its client has gone."""
+    asked: int | None = None
+    """It wants no more than so many of the tokens; None: all."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class Load:
         self._pause_seconds = SLOW_SECONDS if reads_slowly else 0.0
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """By the place of a stream in ``sent``."""
+        self._coming: set[asyncio.Task[None]] = set()
+        """Crowds, of which not all have come."""
 
     async def run(self, urls: Mapping[int, str], phase: Phase, salt: str) -> None:
         """Returns when all streams have ended, or are given up."""
@@ -90,12 +99,16 @@ class Load:
             for instance in urls:
                 self._begin(instance, STREAMS)
             self.begun.set()
-            while running := [task for task in self._tasks.values() if not task.done()]:
+            while running := [task for task in (*self._coming, *self._tasks.values()) if not task.done()]:
                 await asyncio.wait(running)
 
     def more(self, instance: int, count: int) -> None:
         """As many more streams to an engine, of the same prompts again and again."""
         self._loop.call_soon_threadsafe(self._begin, instance, count)
+
+    def crowd(self, instance: int, count: int) -> None:
+        """The same of very many, of which each asks for a few tokens; they come within about a second."""
+        self._loop.call_soon_threadsafe(lambda: self._coming.add(self._loop.create_task(self._come(instance, count))))
 
     def leave(self, instance: int) -> int:
         """Every second client of an engine disconnects; how many these are."""
@@ -105,19 +118,29 @@ class Load:
             self._loop.call_soon_threadsafe(self._tasks[place].cancel)
         return len(chosen)
 
-    def _begin(self, instance: int, count: int) -> None:
+    async def _come(self, instance: int, count: int) -> None:
+        for begun in range(0, count, AT_ONCE):
+            self._begin(instance, min(AT_ONCE, count - begun), CROWD_TOKENS)
+            await asyncio.sleep(BETWEEN_SECONDS)
+
+    def _begin(self, instance: int, count: int, asked: int | None = None) -> None:
         wanted = asks(instance, self._phase)
         for number in range(count):
-            sent = Sent(instance, Stream(number % STREAMS), time.monotonic())
+            sent = Sent(instance, Stream(number % STREAMS), time.monotonic(), asked=asked)
             self._tasks[len(self.sent)] = self._loop.create_task(self._one(sent, wanted[sent.stream.index]))
             self.sent.append(sent)
 
     async def _one(self, sent: Sent, ask: Ask) -> None:
         sampling = replace(ask.sampling, salt=self._salt)
+        client = self._clients[sent.instance]
         try:
             async with asyncio.timeout(BOUND_SECONDS):
+                if sent.asked is not None:
+                    few = replace(sampling, max_tokens=sent.asked)
+                    await run_light_stream(client, self._model, ask.prompt, few, sent.stream)
+                    return
                 await run_stream(
-                    self._clients[sent.instance],
+                    client,
                     self._model,
                     ask.prompt,
                     sampling,

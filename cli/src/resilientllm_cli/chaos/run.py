@@ -22,6 +22,8 @@ WHOLE_SECONDS = 90.0
 LATEST = 0.6
 """The fault comes before this fraction of a stream's tokens, so that enough of it is left."""
 EXPLICIT = "Send the request again"
+EARLY_SECONDS = 0.1
+"""A suspicion that is older than the fault by more is a false one; some faults are timed just after they happened."""
 FAIR = 16
 """Requests may be overtaken by so many later ones: a batch. Those of one batch get their tokens in any order."""
 
@@ -127,7 +129,7 @@ def judge(
     tokens = Tokens()
     explicit = otherwise = 0
     for each in sent:
-        expected, got = undisturbed.tokens[each.instance][each.stream.index], each.stream.tokens
+        expected, got = undisturbed.tokens[each.instance][each.stream.index][: each.asked], each.stream.tokens
         if each.left:
             tokens += compare(expected[: len(got)], got)
             continue
@@ -145,7 +147,8 @@ def judge(
     stalls = [round(_stall(each, undisturbed, at, ended_seconds), 4) for each in met if at is not None]
     overtaken = _overtaken(sent, at) if at is not None else 0
     lost = [each for of in recoveries.values() for each in of if each.kind is RecoveryKind.BORROW]
-    noticed = min(lost, key=lambda each: each.detected_at, default=None)
+    early = [each for each in lost if each.detected_at.timestamp() < scene.at_wall - EARLY_SECONDS]
+    noticed = min((each for each in lost if each not in early), key=lambda each: each.detected_at, default=None)
     if not scene.landed:
         found.append("the fault did not land")
     if not met:
@@ -159,6 +162,8 @@ def judge(
         found.append(f"a request was overtaken by {overtaken} that came later")
     if explicit and scene.donor_exists:
         found.append(f"{explicit} requests failed though there was a donor")
+    if early:
+        found.append(f"suspected before the fault: {early[0].reason}")
     if lost and not kind.loses:
         found.append(f"suspected without reason: {lost[0].reason}")
     return Line(

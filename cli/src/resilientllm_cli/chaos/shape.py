@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,6 +32,11 @@ class Shape:
         for instance in range(self.instances):
             for stage in range(self.stages):
                 yield StageId(instance=instance, stage=stage)
+
+    def have_donors(self, lost: Set[StageId]) -> bool:
+        """Whether each of the lost stages can have a donor of its own: one of the same place, which takes one guest."""
+        at_place = Counter(stage.stage for stage in lost)
+        return all(count <= self.instances - count for count in at_place.values())
 
     def node_of(self, stage: StageId) -> int:
         """As many nodes as instances, with an engine each; copies of a stage are on different ones."""

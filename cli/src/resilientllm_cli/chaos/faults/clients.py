@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from resilientllm_cli.chaos.faults.kills import kill
 from resilientllm_cli.chaos.scene import Kind, Scene
 
@@ -15,15 +13,21 @@ def leave(scene: Scene) -> None:
     scene.landed["clients_gone"] = scene.load.leave(scene.victim.instance)
 
 
-def come(scene: Scene, count: int) -> None:
+def come(scene: Scene) -> None:
     kill(scene)
-    scene.load.more(scene.victim.instance, count)
-    scene.landed["more_requests"] = count
+    scene.load.more(scene.victim.instance, NEW)
+    scene.landed["more_requests"] = NEW
+
+
+def burst(scene: Scene) -> None:
+    kill(scene)
+    scene.load.crowd(scene.victim.instance, BURST)
+    scene.landed["more_requests"] = BURST
 
 
 KINDS = (
     Kind("clients-leave", leave),
-    Kind("clients-come", partial(come, count=NEW)),
-    Kind("clients-burst", partial(come, count=BURST)),
+    Kind("clients-come", come),
+    Kind("clients-burst", burst),
     Kind("clients-slow", kill, reads_slowly=True),
 )

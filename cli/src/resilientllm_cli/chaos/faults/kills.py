@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 
 from resilientllm_api.engine_state import EngineState
 from resilientllm_api.plan import StageId
@@ -59,17 +60,17 @@ def lose_own(scene: Scene) -> None:
 
 
 def kill_donor(scene: Scene) -> None:
-    scene.donor_exists = scene.shape.instances > 2
-    _kill_other(scene, "donor")
+    _kill_other(scene, "donor", lost_already={scene.victim})
 
 
 def kill_keeper(scene: Scene) -> None:
     _kill_other(scene, "keeper")
 
 
-def _kill_other(scene: Scene, role: str) -> None:
+def _kill_other(scene: Scene, role: str, lost_already: Set[StageId] = frozenset()) -> None:
     if scene.other is None:
         raise RuntimeError(f"expected a {role} of {scene.victim}, found none")
+    scene.donor_exists = scene.shape.have_donors(lost_already | {scene.other})
     scene.strike()
     evidence = scene.world.processes.kill(stage_name(scene.other))
     scene.landed = {role: str(scene.other), "of": str(scene.victim), **evidence}
@@ -77,7 +78,7 @@ def _kill_other(scene: Scene, role: str) -> None:
 
 def kill_two(scene: Scene) -> None:
     other = scene.another_place(scene.victim)
-    scene.donor_exists = scene.shape.instances > 2 or other.stage != scene.victim.stage
+    scene.donor_exists = scene.shape.have_donors({scene.victim, other})
     scene.strike()
     one = scene.world.processes.kill(scene.name)
     two = scene.world.processes.kill(stage_name(other))
@@ -90,7 +91,7 @@ def kill_second(scene: Scene) -> None:
     others = [each for each in scene.shape.stage_ids() if each.instance == victim.instance and each != victim]
     donor = scene.random.random() < 0.5
     second = scene.other if scene.other is not None and donor else scene.random.choice(others)
-    scene.donor_exists = scene.shape.instances > 2 or not donor
+    scene.donor_exists = scene.shape.have_donors({victim, second})
     scene.strike()
     began = time.monotonic()
     one = scene.world.processes.kill(scene.name)
