@@ -24,6 +24,7 @@ GAPS = MEASURED_GAPS + [PAUSE_SECONDS] * (len(MEASURED_GAPS) // 70)
 """And besides, every seven seconds all threads of a stage stand still for this long, as for a large collection."""
 TICKS: list[float] = MEASURED["observer_ticks_seconds"]
 ON_TIME = [Limits().heartbeat_interval_seconds]
+LONGEST_DECODE_SECONDS = 0.2
 WARM_SECONDS = 60.0
 """Long enough for every size of steps to be known."""
 FAULTS = {
@@ -64,3 +65,15 @@ def test_a_stage_that_falls_silent_is_lost_within_a_second(seed: int) -> None:
     (alarm,) = pipeline.run(10.0)
     assert (alarm.place, alarm.reason) == (1, LossReason.SILENCE)
     assert alarm.at - stopped <= 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_link_that_is_cut_is_found_within_a_second_of_the_next_step(seed: int) -> None:
+    """Even if it takes packets for as long as TCP sends any without an acknowledgement, 0.2 s."""
+    pipeline = Pipeline(seed, ON_TIME, ON_TIME, prefills=0.0)
+    assert pipeline.run(20.0 + seed / 31) == []
+    stopped = pipeline.now
+    pipeline.broken.add((1, "link"))
+    (alarm,) = pipeline.run(10.0)
+    assert (alarm.place, alarm.reason) == (1, LossReason.NEIGHBOUR)
+    assert alarm.at - stopped <= 0.8 + LONGEST_DECODE_SECONDS

@@ -131,6 +131,16 @@ def test_a_stage_whose_heartbeats_do_not_come_cannot_be_blamed_for_what_they_sai
         assert suspect(waits, places, PATIENCE) is None
 
 
+@pytest.mark.parametrize("asleep", [0, 1])
+def test_a_link_is_not_silent_while_one_of_its_ends_sleeps(asleep: int) -> None:
+    waits: Waits = ()
+    for count in range(100):
+        places = [replace(place, witnessed=count * BEAT) for place in (at(), at(landed=4, done=4, answered=4))]
+        places[asleep] = replace(places[asleep], witnessed=0.0)
+        waits = wait(waits, places)
+        assert suspect(waits, places, PATIENCE) is None
+
+
 @dataclass
 class Healthy:
     """A pipeline of stages that do what they should, some faster than others; nothing of it takes 0.7 s."""

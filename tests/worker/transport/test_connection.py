@@ -18,7 +18,7 @@ from resilientllm_worker.transport.connection import (
     ProtocolError,
     dial,
 )
-from resilientllm_worker.transport.errors import AuthenticationError
+from resilientllm_worker.transport.errors import AuthenticationError, PeerTimedOut
 from resilientllm_worker.transport.frame import HEADER_BYTES
 
 from tests.worker.transport.builders import (
@@ -34,6 +34,8 @@ from tests.worker.transport.builders import (
     listening,
     received,
 )
+
+LARGE = Failed(1, "x" * (1 << 20))
 
 
 def send_all(connection: Connection, messages: Sequence[Message]) -> None:
@@ -348,6 +350,25 @@ def test_a_peer_host_that_vanishes_is_noticed_within_about_five_seconds() -> Non
     assert tcp["TCP_NODELAY"]
     assert tcp["TCP_USER_TIMEOUT"] == 5000
     assert tcp["TCP_KEEPIDLE"] + tcp["TCP_KEEPINTVL"] * tcp["TCP_KEEPCNT"] == 5
+
+
+class TestAPeerThatAcknowledgesNothing:
+    """As Linux takes one that does not read, once its window is full."""
+
+    def test_is_told_from_one_that_closed_to_whoever_sends_and_receives(self) -> None:
+        with half_connected(peer_timeout_seconds=0.5) as (connection, _):
+            receiving = InThread(connection.receive)
+            with pytest.raises(PeerTimedOut):
+                send_all(connection, [LARGE] * 40)
+            with pytest.raises(PeerTimedOut):
+                receiving.result()
+
+    def test_may_be_given_more_time(self) -> None:
+        with half_connected(peer_timeout_seconds=600) as (connection, _):
+            sending = InThread(lambda: send_all(connection, [LARGE] * 40))
+            connection.allow_silence(0.5)
+            with pytest.raises(PeerTimedOut):
+                sending.result()
 
 
 class TestDialling:

@@ -41,7 +41,13 @@ from resilientllm_worker.protocol.messages import (
 )
 from resilientllm_worker.seams.launch import describe_difference
 from resilientllm_worker.transport.connection import Connection, dial
-from resilientllm_worker.transport.errors import ConnectionClosed, ConnectionFailed, CorruptFrame, ProtocolError
+from resilientllm_worker.transport.errors import (
+    ConnectionClosed,
+    ConnectionFailed,
+    CorruptFrame,
+    PeerTimedOut,
+    ProtocolError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +149,8 @@ class Channel:
         self._digest = digest
         self._token = token
         self._limits = limits
+        self._peer_timeout_seconds = limits.heartbeat_timeout_seconds
+        """A path that is cut one way is known first to the kernel, which gets no acknowledgements."""
         self._on_event = on_event
         self._on_result = on_result
         self._connection: Connection | None = None
@@ -210,6 +218,13 @@ class Channel:
         if connection is not None:
             connection.close()
 
+    def allow_silence(self, seconds: float) -> None:
+        """As a newer plan says. The heartbeats stay as they were asked for."""
+        with self._lock:
+            self._peer_timeout_seconds, connection = seconds, self._dialled
+        if connection is not None:
+            connection.allow_silence(seconds)
+
     def send(self, message: Message) -> bool:
         """Hand over a message that has no answer. False if the stage is gone, which `Lost` tells too."""
         connection = self._connection
@@ -239,7 +254,9 @@ class Channel:
         pause = FIRST_RETRY_SECONDS
         while not self._closed.is_set():
             try:
-                connection = dial(self.ref.address, self._token, DIAL_SECONDS)
+                connection = dial(
+                    self.ref.address, self._token, DIAL_SECONDS, peer_timeout_seconds=self._peer_timeout_seconds
+                )
             except (ConnectionFailed, ConnectionClosed, ValueError) as error:
                 logger.debug("stage %s: %s", self.id, error)
                 if isinstance(error, ValueError):
@@ -258,6 +275,8 @@ class Channel:
                 detail = str(error)
                 if isinstance(error, CorruptFrame):
                     self._reason = (LossReason.CORRUPT, detail)
+                elif isinstance(error, PeerTimedOut) and self._reason[0] is LossReason.RESET:
+                    self._reason = (LossReason.SILENCE, detail)
             at = time.monotonic()
             connection.close()
             if was_connected := self._connection is not None:

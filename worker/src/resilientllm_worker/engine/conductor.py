@@ -212,11 +212,14 @@ class Conductor:
             ]
             for channel in stale:
                 del shared.channels[channel.id]
+            kept = list(shared.channels.values())
             fresh = [self._make_channel(ref, plan) for name, ref in wanted.items() if name not in shared.channels]
             for channel in fresh:
                 shared.channels[channel.id] = channel
             shared.plan = plan
             shared.changed.notify_all()
+        for channel in kept:
+            channel.allow_silence(plan.limits.heartbeat_timeout_seconds)
         for channel in fresh:
             channel.start()
         for channel in stale:

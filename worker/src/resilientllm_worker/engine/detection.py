@@ -17,6 +17,9 @@ STARTING_SECONDS = 10.0
 """Silence of a stage that has no KV cache yet: it compiles and captures, which may hold up all of its threads, and
 nobody has anything to lose there."""
 SAME_VICTIM_SECONDS = 60.0
+BEATS_OF_A_WORD = 3
+"""How old what is known of a link may be: each end tells it with a heartbeat, and a sender gets rid of a few more
+packets after the first that is not acknowledged."""
 
 
 class Detector:
@@ -62,12 +65,10 @@ class Detector:
         places = [_facts(channel, stamp) for channel in serving]
         self._waits = wait(self._waits, places)
         beats = 2 * max((channel.heartbeat_interval_seconds for channel in serving), default=0.0)
-        patience = max(limits.heartbeat_timeout_seconds, beats)
-        return suspect(
-            self._waits,
-            places,
-            dict.fromkeys(Awaited, patience) | {Awaited.TURN: max(patience, limits.step_floor_seconds)},
-        )
+        patience = dict.fromkeys(Awaited, max(limits.heartbeat_timeout_seconds, beats))
+        patience[Awaited.TURN] = max(patience[Awaited.TURN], limits.step_floor_seconds)
+        patience[Awaited.HIDDEN_STATES] = max(link_limit(limits), beats)
+        return suspect(self._waits, places, patience)
 
     def culprit(self, sender: StageId, receiver: StageId, now: float) -> StageId:
         """Which end of a silent link to do without: first the sender; if another one's do not get through, either,
@@ -80,6 +81,12 @@ class Detector:
 def silence_limit(channel: Channel, limits: Limits) -> float:
     """A stage keeps the interval that it was greeted with, whatever a newer plan says."""
     return max(limits.heartbeat_timeout_seconds, 2 * channel.heartbeat_interval_seconds)
+
+
+def link_limit(limits: Limits) -> float:
+    """Seconds of silence of a link, so that it is found within the timeout of a cut."""
+    timeout = limits.heartbeat_timeout_seconds
+    return max(timeout - BEATS_OF_A_WORD * limits.heartbeat_interval_seconds, timeout / 2)
 
 
 def _facts(channel: Channel, stamp: Stamp) -> Facts:

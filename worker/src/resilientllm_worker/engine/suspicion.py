@@ -53,8 +53,8 @@ class Wait:
     step: int
     counters: tuple[int, ...]
     """Another value of any of them is a movement."""
-    since: float
-    """On the clock of `Facts.witnessed`."""
+    since: tuple[float, ...]
+    """`Facts.witnessed` of each who has to be awake for it to come."""
 
 
 Waits = tuple[Wait | None, ...]
@@ -71,38 +71,49 @@ class Suspicion:
 def wait(before: Waits, places: Sequence[Facts]) -> Waits:
     """What each place waits for now. ``before``: of the same stamp, or empty."""
     waits: list[Wait | None] = []
-    for place, facts in enumerate(places):
+    for place in range(len(places)):
         last = before[place] if place < len(before) else None
-        needed = _needed(place, places, facts.witnessed)
+        needed = _needed(place, places)
         if needed is None:
             waits.append(None)
-        elif last is not None and (last.awaited, last.counters) == (needed.awaited, needed.counters):
+        elif last is not None and (last.awaited, last.counters) == (needed[0], needed[2]):
             waits.append(last)
         else:
-            waits.append(needed)
+            waits.append(Wait(*needed, since=_clocks(needed[0], place, places)))
     return tuple(waits)
 
 
-def _needed(place: int, places: Sequence[Facts], now: float) -> Wait | None:
+def _needed(place: int, places: Sequence[Facts]) -> tuple[Awaited, int, tuple[int, ...]] | None:
     facts, progress = places[place], places[place].progress
     if progress is None:
         return None
     if progress.received < facts.sent:
-        return Wait(Awaited.COMMAND, progress.received + 1, (progress.received, progress.command_bytes), now)
+        return Awaited.COMMAND, progress.received + 1, (progress.received, progress.command_bytes)
     here = progress.received
     if place > 0:
         if (earlier := places[place - 1].progress) is None:
             return None
         if progress.landed < earlier.done:
-            return Wait(Awaited.HIDDEN_STATES, progress.landed + 1, (progress.landed, progress.landed_bytes), now)
+            return Awaited.HIDDEN_STATES, progress.landed + 1, (progress.landed, progress.landed_bytes)
         here = min(here, progress.landed)
     if progress.done < here:
         if facts.step_seconds:
             return None  # it may be the other tenant's; and if it takes too long, that is another matter
-        return Wait(Awaited.TURN, progress.done + 1, (progress.done, facts.steps_done), now)
+        return Awaited.TURN, progress.done + 1, (progress.done, facts.steps_done)
     if place == len(places) - 1 and facts.answered < progress.done:
-        return Wait(Awaited.RESULT, facts.answered + 1, (facts.answered,), now)
+        return Awaited.RESULT, facts.answered + 1, (facts.answered,)
     return None
+
+
+def _clocks(awaited: Awaited, place: int, places: Sequence[Facts]) -> tuple[float, ...]:
+    """A link waits in the time of both ends: a sender may sleep between doing a step and sending it."""
+    first = place - 1 if awaited is Awaited.HIDDEN_STATES else place
+    return tuple(facts.witnessed for facts in places[first : place + 1])
+
+
+def _held(waiting: Wait, place: int, places: Sequence[Facts]) -> float:
+    now = _clocks(waiting.awaited, place, places)
+    return min(clock - since for clock, since in zip(now, waiting.since, strict=True))
 
 
 def suspect(waits: Waits, places: Sequence[Facts], patience: Mapping[Awaited, float]) -> Suspicion | None:
@@ -110,7 +121,7 @@ def suspect(waits: Waits, places: Sequence[Facts], patience: Mapping[Awaited, fl
     for place, (waiting, facts) in enumerate(zip(waits, places, strict=True)):
         if facts.is_stuck:
             return Suspicion(place, LossReason.HANG, f"a step has been running for {facts.step_seconds:.1f} s")
-        if waiting is None or (held := facts.witnessed - waiting.since) < patience[waiting.awaited]:
+        if waiting is None or (held := _held(waiting, place, places)) < patience[waiting.awaited]:
             continue
         match waiting.awaited:
             case Awaited.COMMAND:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 import sys
 import threading
@@ -15,6 +17,7 @@ from resilientllm_worker.transport.errors import (
     AuthenticationError,
     ConnectionClosed,
     ConnectionFailed,
+    PeerTimedOut,
     ProtocolError,
 )
 from resilientllm_worker.transport.frame import Limits, WithBody, drop_sent, encode_frame
@@ -62,6 +65,7 @@ class Connection:
         self._socket = SharedSocket(sock, peer)
         self._sending = threading.Lock()
         self._reader = FrameReader(self._limits)
+        self._timed_out = False
 
     @property
     def closed(self) -> bool:
@@ -76,6 +80,11 @@ class Connection:
         except (ConnectionClosed, OSError):
             return 0
         return int.from_bytes(info[_TCPI_BYTES_RECEIVED], sys.byteorder)
+
+    def allow_silence(self, peer_timeout_seconds: float) -> None:
+        """From now on the kernel breaks the connection after so long without a sign of the peer's host."""
+        with contextlib.suppress(ConnectionClosed), self._socket as sock:
+            _set_peer_timeout(sock, peer_timeout_seconds)
 
     def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Sends a whole frame; waits while the peer is slower than we.
@@ -220,10 +229,13 @@ class Connection:
     def _broken(self, error: Exception) -> ConnectionClosed | ProtocolError:
         """Closes, and says why under the peer's name."""
         ours = self.closed
+        self._timed_out |= isinstance(error, OSError) and error.errno == errno.ETIMEDOUT
         self.close()
         if isinstance(error, ProtocolError):
             return type(error)(f"{self.peer}: {error}")
-        return ConnectionClosed(f"the connection to {self.peer} is closed" if ours else f"{self.peer}: {error}")
+        # The first to touch the socket is told, be it who sends or who receives.
+        kind = PeerTimedOut if self._timed_out else ConnectionClosed
+        return kind(f"the connection to {self.peer} is closed" if ours else f"{self.peer}: {error}")
 
 
 def dial(
@@ -261,10 +273,14 @@ def dial(
 
 def _configure(sock: socket.socket, peer_timeout_seconds: float) -> None:
     """Small frames leave at once, and a host that vanished is noticed whether we wait for it or send to it."""
-    probe_seconds = max(1, round(peer_timeout_seconds / 5))
     sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _set_peer_timeout(sock, peer_timeout_seconds)
+
+
+def _set_peer_timeout(sock: socket.socket, peer_timeout_seconds: float) -> None:
+    probe_seconds = max(1, round(peer_timeout_seconds / 5))
     for level, option, value in (
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_seconds),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_seconds),

@@ -19,6 +19,10 @@ class ConnectionClosed(TransportError):
     """The connection is gone: closed by either side, or broken."""
 
 
+class PeerTimedOut(ConnectionClosed):
+    """The peer's host has acknowledged nothing for the peer timeout, whatever its processes do."""
+
+
 class ProtocolError(TransportError):
     """A frame broke the rules. What follows it cannot be found, so a receiver also closes the connection."""
 
