@@ -57,6 +57,9 @@ IMPORTED = (
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.worker.cpu_model_runner",
 )
+NO_GROWTH = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+"""Else oneDNN keeps something for every number of tokens that a step had, up to 1024 times: hundreds of MiB, in which
+no leak would be seen. Each layer remembers the last 32 of them anyhow."""
 STAGE_ENTRY = "resilientllm_cli.chaos.stage_program:main"
 ENGINE_ENTRY = "resilientllm_cli.chaos.engine_program:main"
 
@@ -106,7 +109,7 @@ class World:
                 stack.enter_context(self.relay)
                 stack.enter_context(self.network.redirected(host, STAGE_PORT, RELAY_PORT))
             of_children = environment.of_children(os.environ, self.layout, gpu=False)
-            of_children |= {"TMPDIR": str(self.disk), **clock.preload(self.disk)}
+            of_children |= {"TMPDIR": str(self.disk), **NO_GROWTH, **clock.preload(self.disk)}
             self.processes = Processes(self._starts(of_children), IMPORTED, of_children, self.files.log("zygote"))
             stack.enter_context(self.processes)
             self.wait_whole(WHOLE_SECONDS)
