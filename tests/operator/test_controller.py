@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from resilientllm_api.crd import KIND
 from resilientllm_operator.caretaker import Caretaker
 from resilientllm_operator.controller import WATCHED, Controller
 from resilientllm_operator.engines import EngineHttp
-from resilientllm_operator.kube import KubeClient
+from resilientllm_operator.freshness import Freshness
+from resilientllm_operator.kube import ApiError, KubeClient
 
 
 class Cluster(KubeClient):
@@ -19,10 +22,13 @@ class Cluster(KubeClient):
 
     def __init__(self, may_list_nodes: bool) -> None:
         self._may_list_nodes = may_list_nodes
+        self.refusal: ApiError | None = None
 
     async def pages(
         self, kind: str, namespace: str | None, selector: str = ""
     ) -> AsyncIterator[tuple[list[dict[str, Any]], int]]:
+        if self.refusal is not None:
+            raise self.refusal
         yield [], 1
 
     async def may_list(self, kind: str) -> bool:
@@ -73,6 +79,41 @@ def test_a_node_wakes_the_objects_with_pods_there_and_a_heartbeat_wakes_nobody(
     assert woken == [("n", "here")]
     controller.seen("Node", "DELETED", node(4, "node-1"))
     assert woken == [("n", "here")] * 2
+
+
+def test_a_leader_that_stands_still_says_why_and_says_it_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is woken by it reads the last lines of the log, which others fill meanwhile."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("resilientllm_operator.freshness.START_SECONDS", 0.0)
+    monkeypatch.setattr("resilientllm_operator.freshness.DUE_SECONDS", -1.0)
+    monkeypatch.setattr("resilientllm_operator.controller.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("resilientllm_operator.controller.REMIND_SECONDS", 0.0)
+    cluster, freshness = Cluster(may_list_nodes=True), Freshness(WATCHED)
+    refused = "does nothing until the view of the cluster is right again: "
+
+    def said(*parts: str) -> int:
+        return sum(all(part in record.message for part in parts) for record in caplog.records)
+
+    async def until(reached: Callable[[], bool]) -> None:
+        while not reached():
+            await asyncio.sleep(0)
+
+    async def rights_are_taken_and_given_back() -> None:
+        async with asyncio.timeout(30):
+            running = asyncio.create_task(Controller(cluster, None, freshness).run())
+            await until(lambda: freshness.stale(time.monotonic()) is None)
+            cluster.refusal = ApiError(403, "Forbidden", "pods is forbidden")
+            with monkeypatch.context() as impatient:
+                impatient.setattr("resilientllm_operator.freshness.MAX_AGE_SECONDS", 0.0)
+                await until(lambda: said(refused, "; could not list: 403 Forbidden: pods is forbidden") >= 2)
+                cluster.refusal = None
+            await until(lambda: said("the view of the cluster is right again") > said(refused))
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(rights_are_taken_and_given_back())
 
 
 def test_all_objects_share_one_http_session_with_their_engines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,30 @@ class TestTheRecord:
         ]
         assert len(failures(settled(world), NOW + MINUTE)) == len(causes)
 
+    @pytest.mark.parametrize(
+        ("created", "blamed"),
+        [(NOW - 2 * MINUTE, ("tiny-0-s1-lost", "node-1")), (NOW, (None, None)), (None, ("tiny-0-s1-told", "node-7"))],
+        ids=["the lost pod is still there", "another has taken its place", "nothing is there any more"],
+    )
+    def test_blames_the_node_where_the_stage_was_then(
+        self, created: datetime | None, blamed: tuple[str | None, str | None]
+    ) -> None:
+        """A loss is told when it is over, which may be when the next pod, on another node, has loaded."""
+        told = Recovery(
+            id="r1", kind=RecoveryKind.BORROW, stages=(1,), reason=LossReason.SILENCE, detected_at=NOW - MINUTE
+        )
+        world = settled(with_pod(healthy_world(), stage(0, 1), name="tiny-0-s1-told", node="node-7"))
+        lost, following = ({"name": f"tiny-0-s1-{name}"} for name in ("lost", "next"))
+        if created is None:
+            world = without_pod(world, stage(0, 1))
+        elif created < NOW - MINUTE:
+            world = with_pod(world, stage(0, 1), created=created, node="node-1", leaving=True, **lost)
+            world = replace(world, pods=(*world.pods, pod(world.object, stage(0, 1), created=NOW, **following)))
+        else:
+            world = settled(with_pod(world, stage(0, 1), created=created, node="node-2", **following))
+        world = with_engine(world, 0, borrowed(0, 1, donor=1, recoveries=(told,)))
+        assert [(each.pod, each.node) for each in failures(world)] == [blamed]
+
     def test_is_bounded_and_what_it_forgot_does_not_come_back(self) -> None:
         many = tuple(failure(KEPT - number, place="9.9", message=str(number)) for number in range(KEPT))
         world = remembering(*many)

@@ -113,6 +113,12 @@ class TestEveryPod:
         assert labels["app.kubernetes.io/managed-by"] == MANAGER
 
 
+def test_a_stage_that_hangs_gets_no_time_to_drain() -> None:
+    """The kubelet would wait as long as for an eviction, while an instance without a donor waits for this stage."""
+    probe = container(stage(0, 0), recovery={"drainTimeout": "1h"})["livenessProbe"]
+    assert probe["terminationGracePeriodSeconds"] == END_SECONDS
+
+
 def test_a_pod_gets_what_clusters_with_gpus_ask_for() -> None:
     asked = {
         "resources": {"limits": {"nvidia.com/gpu": 4, "rdma/hca": "1", "hugepages-2Mi": "1Gi", "memory": "8Gi"}},

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 """Between two looks at how fresh the view is."""
 CRD_POLL_SECONDS = 2.0
+REMIND_SECONDS = 60.0
+"""Between two lines of the log about standing still: kopf's own about the same trouble come every other second."""
 WATCHED = {
     KIND: "",
     "Node": "",
@@ -51,7 +53,9 @@ class Controller:
         self._namespace = namespace
         self._freshness = freshness or Freshness(WATCHED)
         self._leads = leads
-        self._held: str | None = None
+        self._held_said_at: float | None = None
+        """When the log was told last that nothing is done; None while something may be."""
+        self._list_error = ""
         self._http = EngineHttp()
         self._store = Store(self._changed, essence)
         self._whereabouts = Whereabouts()
@@ -103,8 +107,9 @@ class Controller:
                 self._tell_freshness()
                 try:
                     await self._relist()
+                    self._list_error = ""
                 except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                    logger.debug("could not list: %s", str(error) or type(error).__name__)
+                    self._list_error = f"; could not list: {str(error) or type(error).__name__}"
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
             await self._stop()
@@ -141,18 +146,21 @@ class Controller:
             self._object_changed((obj["metadata"]["namespace"], obj["metadata"]["name"]))
 
     def _tell_freshness(self) -> None:
-        """One line in the log when a leader has to stand still, and one when it need not any more."""
+        """Lines in the log as long as a leader has to stand still, and one when it need not any more."""
         now = time.monotonic()
         for kind in self.watched:
             telemetry.VIEW_AGE.labels(kind).set(self._freshness.age(kind, now))
         held = self._freshness.stale(now) if self._leads() and self._synced else None
         telemetry.HELD.set(held is not None)
-        if held is not None and self._held is None:
-            logger.warning("does nothing until the view of the cluster is right again: %s", held)
-        elif held is None and self._held is not None and self._leads():
-            logger.info("the view of the cluster is right again")
-            self._take_care()
-        self._held = held
+        said_at = self._held_said_at
+        if held is None:
+            self._held_said_at = None
+            if said_at is not None and self._leads():
+                logger.info("the view of the cluster is right again")
+                self._take_care()
+        elif said_at is None or now - said_at >= REMIND_SECONDS:
+            self._held_said_at = now
+            logger.warning("does nothing until the view of the cluster is right again: %s%s", held, self._list_error)
 
     def _changed(self, kind: str, obj: Manifest) -> None:
         if kind == "Node":

@@ -121,11 +121,6 @@ def _of_a_node(world: World, name: str, pods: Sequence[PodView], now: datetime) 
 
 def _told_by_engines(world: World) -> Iterator[Seen]:
     """Stages that fell silent or do not move: their process hangs, or the network does, and no exit tells of it."""
-    before = {
-        f"{instance.instance}.{stage.stage}": stage
-        for instance in world.object.status.instances
-        for stage in instance.stages
-    }
     for view in world.engines.values():
         for recovery in view.state.recoveries if view.state is not None else ():
             if recovery.kind is not RecoveryKind.BORROW or recovery.reason not in _UNTOLD:
@@ -133,16 +128,29 @@ def _told_by_engines(world: World) -> Iterator[Seen]:
             assert view.state is not None
             cause, message = _UNTOLD[recovery.reason]
             for place in recovery.stages:
-                lost = before.get(f"{view.state.instance}.{place}")
+                stage = f"{view.state.instance}.{place}"
+                pod, node = _where(world, stage, recovery.detected_at)
                 failure = FailureStatus(
-                    at=recovery.detected_at,
-                    cause=cause,
-                    stage=f"{view.state.instance}.{place}",
-                    pod=lost.pod if lost else None,
-                    node=lost.node if lost else None,
-                    message=message,
+                    at=recovery.detected_at, cause=cause, stage=stage, pod=pod, node=node, message=message
                 )
                 yield failure, True
+
+
+def _where(world: World, stage: str, at: datetime) -> tuple[str | None, str | None]:
+    """The pod of a stage at that time, and its node. Nobody is blamed if that cannot be told any more.
+
+    An engine tells of a loss when it is over, and when it had to wait for a donor another pod is there by then.
+    """
+    pods = [pod for pod in world.pods if pod.slot.role is Role.STAGE and str(pod.slot.stage_id) == stage]
+    there = [pod for pod in pods if pod.created <= _utc(at)]
+    if there:
+        newest = max(there, key=lambda pod: pod.created)
+        return newest.name, newest.node
+    for instance in world.object.status.instances:
+        for known in instance.stages:
+            if f"{instance.instance}.{known.stage}" == stage and known.pod not in {pod.name for pod in pods}:
+                return known.pod, known.node
+    return None, None
 
 
 def _is_same(failure: FailureStatus, known: FailureStatus, since: datetime | None) -> bool:

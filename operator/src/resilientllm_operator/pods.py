@@ -287,8 +287,10 @@ def _stage_probes() -> Manifest:
         # Loading weights takes from seconds to many minutes; the health server answers from the beginning.
         "startupProbe": _http_probe(STAGE_HEALTH_PORT, HEALTH_PATH, period=2, failures=300),
         "readinessProbe": _http_probe(STAGE_HEALTH_PORT, READY_PATH, period=2, failures=2),
-        # A stage that hangs is replaced by a donor within seconds, by its engine; this only cleans up.
-        "livenessProbe": _http_probe(STAGE_HEALTH_PORT, HEALTH_PATH, period=5, failures=12),
+        # A stage that hangs is replaced by a donor within seconds, by its engine; this only cleans up. It cannot give
+        # anything away in order any more, and where no donor is left its instance waits for it to start again.
+        "livenessProbe": _http_probe(STAGE_HEALTH_PORT, HEALTH_PATH, period=5, failures=12)
+        | {"terminationGracePeriodSeconds": END_SECONDS},
     }
 
 

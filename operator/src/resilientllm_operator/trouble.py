@@ -141,7 +141,7 @@ def _pods(world: World, instances: Sequence[InstanceStatus], now: datetime) -> I
         if stage.successor is not None and stage.leaving is not None and stage.ready
     }
     found = [
-        replace(trouble, message=trouble.message + stays.get(pod.name, ""))
+        (replace(trouble, message=trouble.message + stays.get(pod.name, "")), pod.name in stays)
         for pod in world.pods
         if not pod.leaving and not takes_over_soon(world, pod, now)
         if (trouble := pod_trouble(pod, world.object.namespace))
@@ -152,7 +152,9 @@ def _pods(world: World, instances: Sequence[InstanceStatus], now: datetime) -> I
         Reason.CONTAINER_CANNOT_START,
         Reason.CONTAINER_CRASHING,
     ]
-    yield from sorted(found, key=lambda trouble: (order.index(trouble.reason), trouble.message))
+    # First what is missing: where the older pod stays, nobody waits for the next one.
+    found.sort(key=lambda each: (each[1], order.index(each[0].reason), each[0].message))
+    yield from (trouble for trouble, _ in found)
 
 
 def _engines(world: World, instances: Sequence[InstanceStatus]) -> Iterator[Trouble]:
