@@ -74,9 +74,13 @@ async def model_name(client: openai.AsyncOpenAI) -> str:
     return (await client.models.list()).data[0].id
 
 
-def connect(url: str) -> openai.AsyncOpenAI:
-    """Without the client's own retries: a test must see what the server did."""
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+def connect(url: str, reuse: bool = True) -> openai.AsyncOpenAI:
+    """Without the client's own retries: a test must see what the server did.
+
+    ``reuse``: of connections. A server closes one that was idle for a while, perhaps just when a request goes out.
+    """
+    headers = {} if reuse else {"Connection": "close"}
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600, default_headers=headers)
 
 
 async def run_stream(

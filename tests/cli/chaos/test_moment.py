@@ -31,7 +31,7 @@ async def answers_late(*_: Any) -> str:
 
 
 def strike(moment: Moment, inject: Callable[[Scene], None], monkeypatch: pytest.MonkeyPatch, run_stream: Any) -> None:
-    monkeypatch.setattr(loads, "connect", lambda url: contextlib.nullcontext())
+    monkeypatch.setattr(loads, "connect", lambda url, reuse: contextlib.nullcontext())
     monkeypatch.setattr(loads, "model_name", answers_late)
     monkeypatch.setattr(loads, "run_stream", run_stream)
     world = SimpleNamespace(shape=Shape(2, 2), url=str)

@@ -31,7 +31,8 @@ async def run_light_stream(
                 if line.startswith(DATA) and line != DATA + DONE and stream.error is None:
                     _take(json.loads(line.removeprefix(DATA)), stream)
     except (openai.OpenAIError, OSError, EOFError, ValueError) as error:
-        stream.error = f"{type(error).__name__}: {error}"
+        cause = f" ({error.__cause__!r})" if error.__cause__ is not None else ""
+        stream.error = f"{type(error).__name__}: {error}{cause}"
     else:
         if stream.finish_reason is None and stream.error is None:
             stream.error = "the stream ended without a finish reason"

@@ -94,7 +94,9 @@ class Load:
         self._loop = asyncio.get_running_loop()
         self._phase, self._salt = phase, salt
         async with contextlib.AsyncExitStack() as stack:
-            self._clients = {instance: await stack.enter_async_context(connect(url)) for instance, url in urls.items()}
+            self._clients = {
+                instance: await stack.enter_async_context(connect(url, reuse=False)) for instance, url in urls.items()
+            }
             self._model = await model_name(next(iter(self._clients.values())))
             for instance in urls:
                 self._begin(instance, STREAMS)
