@@ -11,10 +11,11 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from resilientllm_api.durations import DURATION_PATTERN
 from resilientllm_api.engine_state import RecoveryKind
+from resilientllm_api.immutable import Immutable
 from resilientllm_api.plan import ReplicationMode
 
 GROUP = "resilientllm.dev"
@@ -60,16 +61,10 @@ def validated(*rules: dict[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": list(rules)}
 
 
-class CrdModel(BaseModel):
-    """Plain, immutable data. Unknown fields are ignored, so that an operator reads objects of a newer schema."""
+class CrdModel(Immutable):
+    """Unknown fields are ignored, so that an operator reads objects of a newer schema."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="ignore",
-        populate_by_name=True,
-        use_attribute_docstrings=True,
-        alias_generator=lambda name: name.split("_")[0] + "".join(part.capitalize() for part in name.split("_")[1:]),
-    )
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
 
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -545,7 +540,7 @@ class RecoveryStatus(CrdModel):
     """First token after it."""
     restored_at: datetime | None = None
     """When the instance's own stages were back in their places."""
-    phases: dict[str, float] = {}
+    phases: dict[str, float] = Field(default={})
     """Milliseconds of each phase. ``total`` is wait, fence, stitch and resume; rollBack lies within resume."""
     took: str | None = None
     """The total, for people."""

@@ -9,21 +9,18 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from resilientllm_api.immutable import Immutable
 
 Address = Annotated[str, Field(pattern=r"^[^\s:/]+:[0-9]{1,5}$", description="host:port")]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
-class Frozen(BaseModel):
-    """Plain data: immutable, hashable, strict about unknown fields, camelCase on the wire."""
+class Frozen(Immutable):
+    """Strict about unknown fields."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        populate_by_name=True,
-        alias_generator=lambda name: name.split("_")[0] + "".join(p.capitalize() for p in name.split("_")[1:]),
-    )
+    model_config = ConfigDict(extra="forbid")
 
 
 class StageId(Frozen):

@@ -11,7 +11,9 @@ import asyncio
 import logging
 from base64 import b64decode
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
@@ -54,8 +56,9 @@ class Caretaker:
         nodes: Mapping[str, NodeView],
         permit: Permit = lambda: None,
         http: EngineHttp | None = None,
+        turn: AbstractAsyncContextManager[Any] | None = None,
     ) -> None:
-        """``nodes``: all nodes as they are, by name; it changes with them."""
+        """``nodes``: all nodes as they are, by name; it changes with them. ``turn``: held for each round."""
         self.uid = uid
         self._nodes = nodes
         self._kube = kube
@@ -68,6 +71,7 @@ class Caretaker:
         self._permit = permit
         self._dispatcher = Dispatcher(kube, store, namespace, name, uid, permit)
         self._http = http
+        self._turn = turn or nullcontext()
         self._engines: Engines | None = None
         self._token: str | None = None
         self._token_owner = Owner.NOBODY
@@ -82,9 +86,13 @@ class Caretaker:
         failures = quiet = 0
         telemetry.RECOVERIES.begin(self._namespace, self._name)
         try:
-            while (obj := self._store.get(KIND, self._namespace, self._name)) and obj["metadata"]["uid"] == self.uid:
-                self._wake.clear()
-                done = await self._round_survives(obj)
+            while True:
+                async with self._turn:
+                    obj = self._store.get(KIND, self._namespace, self._name)
+                    if obj is None or obj["metadata"]["uid"] != self.uid:
+                        return
+                    self._wake.clear()
+                    done = await self._round_survives(obj)
                 failures = failures + 1 if done is None else 0
                 quiet = quiet + 1 if done == 0 else 0
                 await asyncio.sleep(MIN_PAUSE_SECONDS if not failures else min(2**failures / 4, MAX_BACKOFF_SECONDS))

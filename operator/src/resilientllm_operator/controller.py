@@ -29,6 +29,9 @@ LOOK_SECONDS = 0.25
 CRD_POLL_SECONDS = 2.0
 REMIND_SECONDS = 60.0
 """Between two lines of the log about standing still: kopf's own about the same trouble come every other second."""
+ROUNDS = 32
+"""At a time. Who waits has decided nothing yet: the manifests of a thousand objects would be 200 MB, and old when their
+turn comes."""
 WATCHED = {
     KIND: "",
     "Node": "",
@@ -57,6 +60,7 @@ class Controller:
         """When the log was told last that nothing is done; None while something may be."""
         self._list_error = ""
         self._http = EngineHttp()
+        self._turns = asyncio.Semaphore(ROUNDS)
         self._store = Store(self._changed, essence)
         self._whereabouts = Whereabouts()
         self._nodes: dict[str, NodeView] = {}
@@ -193,7 +197,9 @@ class Controller:
             return
         if known is None or known[1].done():
             uid = current["metadata"]["uid"]
-            caretaker = Caretaker(self._kube, self._store, *key, uid, self._nodes, self.may_not_act, self._http)
+            caretaker = Caretaker(
+                self._kube, self._store, *key, uid, self._nodes, self.may_not_act, self._http, self._turns
+            )
             task = asyncio.create_task(caretaker.run(), name=f"caretaker {key[0]}/{key[1]}")
             # The object may have been deleted and made again while the old caretaker was on its way out.
             task.add_done_callback(lambda _: self._ended(key))

@@ -32,7 +32,7 @@ class Role(StrEnum):
     STAGE = "stage"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Slot:
     """A place for one pod: the engine of an instance, or one of its stages."""
 

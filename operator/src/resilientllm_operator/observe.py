@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
-from resilientllm_api.crd import PAUSED_ANNOTATION, RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
+from resilientllm_api.crd import KIND, PAUSED_ANNOTATION, RETRY_ANNOTATION, ResilientLLMSpec, ResilientLLMStatus
 
 from resilientllm_operator.names import NAME_LABEL, SPEC_HASH_ANNOTATION, slot_of
 from resilientllm_operator.node_affinity import nodes_kept_off
@@ -27,6 +28,7 @@ from resilientllm_operator.world import (
 Json = Mapping[str, Any]
 _VIEW = "view"
 """Where the essence of a pod has what was read from it."""
+_ASIDE = ("apiVersion", "kind", "status")
 
 
 def view_object(obj: Json) -> ObjectView:
@@ -66,8 +68,16 @@ def essence(kind: str, obj: Json) -> dict[str, Any]:
         return node_essence(obj)
     if kind == "Pod":
         return pod_essence(obj)
-    metadata = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
-    return {**obj, "metadata": metadata}
+    if kind == KIND:
+        return {**obj, "metadata": {key: value for key, value in obj["metadata"].items() if key != "managedFields"}}
+    return ours_essence(obj)
+
+
+def ours_essence(obj: Json) -> dict[str, Any]:
+    """What we have made, other than pods: nothing is decided from its status."""
+    kept = ("namespace", "name", "uid", "resourceVersion", "labels", "ownerReferences")
+    metadata = {key: value for key, value in obj["metadata"].items() if key in kept}
+    return {**{key: value for key, value in obj.items() if key not in _ASIDE}, "metadata": metadata}
 
 
 def pod_essence(pod: Json) -> dict[str, Any]:
@@ -155,7 +165,7 @@ def _view_pod(pod: Json) -> PodView | None:
         waiting=_waiting(container),
         last_exit=_last_exit(container),
         ailments=tuple(_ailments(container)),
-        tolerations=tuple(map(_toleration, spec.get("tolerations") or ())),
+        tolerations=_once(tuple(map(_toleration, spec.get("tolerations") or ()))),
         kept_off=nodes_kept_off(spec),
     )
 
@@ -194,6 +204,12 @@ def _last_exit(container: Json) -> Exit | None:
             at = terminated.get("finishedAt")
             return Exit(terminated["exitCode"], terminated.get("message", ""), _time(at) if at else None)
     return None
+
+
+@lru_cache(maxsize=1024)
+def _once(tolerations: tuple[Toleration, ...]) -> tuple[Toleration, ...]:
+    """Thousands of pods have the same, which is kept once."""
+    return tolerations
 
 
 def _toleration(toleration: Json) -> Toleration:

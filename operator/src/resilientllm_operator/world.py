@@ -42,7 +42,7 @@ class ObjectView:
         return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Exit:
     """How a container ended last."""
 
@@ -55,7 +55,7 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """Why a container does not run, in the kubelet's words."""
 
@@ -63,7 +63,7 @@ class Waiting:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ailment:
     """A device of a container that is not known to be well, in the kubelet's words."""
 
@@ -75,7 +75,7 @@ class Ailment:
     message: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Toleration:
     """Of a taint, as in a pod's spec. None: whatever it is."""
 
@@ -86,7 +86,7 @@ class Toleration:
     """For so long only."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PodView:
     name: str
     uid: str
@@ -121,7 +121,7 @@ class PodView:
         return not self.ready and self.last_exit is not None and self.last_exit.code == BAD_CONFIGURATION_EXIT_CODE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Taint:
     key: str
     effect: str
@@ -131,7 +131,7 @@ class Taint:
         return f"{self.key}{f'={self.value}' if self.value else ''}:{self.effect}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NodeCondition:
     status: str
     """True, False or Unknown."""
@@ -140,7 +140,7 @@ class NodeCondition:
     since: datetime | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NodeView:
     """A node, without what its kubelet writes again and again."""
 
@@ -169,7 +169,7 @@ class Contact(Enum):
     SILENT = "silent"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EngineView:
     """What the operator knows of one engine pod, beyond Kubernetes."""
 
@@ -191,7 +191,7 @@ class Owner(Enum):
     FOREIGN = "foreign"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """The API server refused to make a pod."""
 
