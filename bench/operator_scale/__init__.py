@@ -1,0 +1,1 @@
+"""What many objects cost the operator."""
