@@ -115,6 +115,19 @@ def check_relay() -> None:
             assert cut_short == b"LinkH"
 
 
-@pytest.mark.parametrize("check", [check_one_way, check_node, check_slow, check_relay], ids=lambda each: each.__name__)
+def check_again() -> None:
+    """A socket that is still open somewhere keeps its namespace, but not what the next world needs."""
+    network = Network()
+    sockets = []
+    for _ in range(3):
+        for host in range(2):
+            network.add(f"host{host}", node=host)
+            sockets.append(network.inside(f"host{host}", socket.socket))
+        network.remove_all()
+
+
+@pytest.mark.parametrize(
+    "check", [check_one_way, check_node, check_slow, check_relay, check_again], ids=lambda each: each.__name__
+)
 def test_a_fault_of_the_network_does_what_it_says_and_nothing_else(check: Callable[[], None]) -> None:
     enclosed(check, __file__)

@@ -47,7 +47,8 @@ class Network:
                 run("ip", "link", "set", link, "up")
             run("ip", "link", "set", f"node{node}", "up")
         number = len(self._addresses) + 2
-        address, port = f"10.77.0.{number}", f"port{number}"
+        address = f"10.77.0.{number}"
+        port = _port(address)
         run("ip", "netns", "add", host)
         run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host)
         run("ip", "link", "set", port, "master", f"node{node}")
@@ -65,7 +66,9 @@ class Network:
         return NAMES / host
 
     def remove_all(self) -> None:
-        for host in self._addresses:
+        for host, address in self._addresses.items():
+            # The kernel takes a namespace's cables down some time later, and their names are needed again.
+            run("ip", "link", "delete", _port(address))
             run("ip", "netns", "delete", host)
         for node in self._nodes:
             run("ip", "link", "delete", f"up{node}")
@@ -160,6 +163,11 @@ class Network:
     def _overlimits(self, host: str) -> int:
         told = json.loads(run("tc", "-netns", host, "-s", "-j", "qdisc", "show", "dev", "eth0"))
         return sum(int(each.get("overlimits", 0)) for each in told)
+
+
+def _port(address: str) -> str:
+    """The end of a host's cable at its node's switch."""
+    return f"port{address.rpartition('.')[2]}"
 
 
 def run(*words: str) -> str:

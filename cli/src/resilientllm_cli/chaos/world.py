@@ -162,6 +162,8 @@ class World:
 
     def _keep_logs(self) -> None:
         shutil.rmtree(self._logs, ignore_errors=True)
+        if not (self.disk / "logs").is_dir():
+            return  # it did not come so far
         shutil.copytree(self.disk / "logs", self._logs)
 
     # What it is.
