@@ -135,6 +135,13 @@ class FakeStage:
             assert self._changed.wait_for(lambda: len(self._of(kind)) >= count, PATIENCE_SECONDS), self.told
             return self._of(kind)[count - 1]
 
+    def wait_told_last(self, kind: type, holds: Callable[[Any], bool]) -> None:
+        """Until it is so of the last message of this kind."""
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: bool(known := self._of(kind)) and holds(known[-1]), PATIENCE_SECONDS
+            ), self.told
+
     def count(self, kind: type) -> int:
         with self._changed:
             return len(self._of(kind))
