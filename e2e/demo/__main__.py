@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
@@ -136,13 +137,15 @@ def _remove() -> None:
 
 def _how_to_look() -> str:
     try:
-        kubeconfig = choice.present().existing().kubeconfig
+        cluster = choice.present().existing()
     except ClusterError:
         return "No cluster was left."
+    # The machine may have no kubectl, and the plugin is in the environment.
+    programs = (REPOSITORY / ".venv" / "bin", Path(cluster.kubectl_command()[0]).parent)
     return (
         "The cluster is still up. To look at it:\n"
-        f"  export KUBECONFIG={kubeconfig}\n"
-        f"  kubectl get rllm {OBJECT}; kubectl describe rllm {OBJECT}; kubectl get pods -o wide\n"
+        f"  export KUBECONFIG={cluster.kubeconfig} PATH={':'.join(map(str, programs))}:$PATH\n"
+        f"  kubectl resilientllm status {OBJECT}; kubectl describe rllm {OBJECT}; kubectl get pods -o wide\n"
         "To remove it: make demo-down"
     )
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
+import grpc  # type: ignore[import-untyped]
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from resilientllm_api.engine_state import EnginePhase, EngineState, LossReason, Recovery, RecoveryKind
 from resilientllm_api.plan import StageId
-from resilientllm_worker.engine.spans import RecoverySpans
+from resilientllm_worker.engine.spans import NAME, RecoverySpans
 
 AT = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
@@ -96,7 +106,31 @@ def test_where_nobody_traces_nothing_happens() -> None:
     RecoverySpans().note(a_state(a_recovery(fence=5.0, total=80.0)))
 
 
-def test_vllm_makes_the_provider_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+class Collector(TraceServiceServicer):
+    """A collector of OpenTelemetry's own protocol, at a port of the loopback."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[str, str]] = []
+        """Name of each span, and of its scope."""
+        self._server = grpc.server(ThreadPoolExecutor(1))
+        add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+
+    def __enter__(self) -> Collector:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+
+    def Export(self, request: ExportTraceServiceRequest, context: object) -> ExportTraceServiceResponse:
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.received += [(span.name, scope.scope.name) for span in scope.spans]
+        return ExportTraceServiceResponse()
+
+
+def test_they_arrive_where_vllm_sends_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam: with ``--otlp-traces-endpoint``, spans of whoever asks for a tracer go where vLLM's go."""
     from vllm.tracing import otel
 
@@ -104,8 +138,10 @@ def test_vllm_makes_the_provider_of_the_process(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(otel, "set_tracer_provider", made.append)
     monkeypatch.setattr(otel.atexit, "register", lambda _: None)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
-    otel.init_otel_tracer("vllm.llm_engine", "http://127.0.0.1:1")
-    for provider in made:
-        provider.shutdown()
+    with Collector() as collector:
+        otel.init_otel_tracer("vllm.llm_engine", f"grpc://127.0.0.1:{collector.port}")
+        (provider,) = made
+        RecoverySpans(lambda: provider.get_tracer(NAME)).note(a_state(a_recovery(fence=5.0, stitch=15.0, total=20.0)))
+        provider.shutdown()  # Sends what waits for it.
 
-    assert len(made) == 1
+    assert sorted(collector.received) == [("fence", NAME), ("recovery", NAME), ("stitch", NAME)]
