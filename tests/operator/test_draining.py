@@ -29,9 +29,12 @@ from tests.operator.builders import (
     silent,
     stage,
     status_of,
+    with_condition,
     with_engine,
+    with_nodes,
     with_pod,
     with_spec,
+    without_node,
     without_pod,
 )
 
@@ -351,9 +354,12 @@ class TestARollOutThatDoesNotWork:
 
     def test_waits_for_a_place_that_is_about_to_be_free(self) -> None:
         world = self.world(unschedulable="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
-        ending = pod(world.object, stage(0, 1), name="before", leaving=True, ends_by=LATER)
+        ending = pod(world.object, stage(0, 1), name="before", leaving=True, ends_by=LATER, node="node-then")
         assert condition(world, "Progressing")[1] == "RollOutStopped"
-        assert condition(replace(world, pods=(*world.pods, ending)), "Progressing")[1] == "RollingOut"
+        both = with_nodes(replace(world, pods=(*world.pods, ending)))
+        assert condition(both, "Progressing")[1] == "RollingOut"
+        for lost in (without_node(both, "node-then"), with_condition(both, "node-then", "Ready", "Unknown")):
+            assert condition(lost, "Progressing")[1] == "RollOutStopped", "nobody is there to end it"
 
     def test_goes_on_with_a_corrected_spec(self) -> None:
         world = with_spec(self.world(restarts=3, last_exit=self.BROKEN), args=["--max-model-len=512"])

@@ -78,8 +78,16 @@ def pod_trouble(pod: PodView, namespace: str) -> Trouble | None:
 
 def takes_over_soon(world: World, pod: PodView, now: datetime) -> bool:
     """Whether a pod that finds no node waits for nothing but the end of the one whose place it takes."""
-    before = world.leaving(pod.slot)
+    before = (each for each in world.leaving(pod.slot) if not _on_a_lost_node(world, each))
     return pod.unschedulable is not None and any(each.ends_by is not None and now < each.ends_by for each in before)
+
+
+def _on_a_lost_node(world: World, pod: PodView) -> bool:
+    """Whether nobody is there to end it. Where nodes may not be seen, it is not known to be."""
+    if not world.nodes or pod.node is None:
+        return False
+    node = world.nodes.get(pod.node)
+    return node is None or node.ready is not True
 
 
 def _placement_advice(pod: PodView) -> str:
