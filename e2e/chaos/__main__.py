@@ -63,6 +63,8 @@ def run(ground: Ground, kind: ClusterKind, seed: int) -> Line:
     try:
         scenario.start_load()
         time.sleep(random.uniform(0.0, LONGEST_WAIT_SECONDS))
+        if not scenario.streams_run:
+            scenario.meet_streams()
         kind.inject(scenario, pod, random)
         look = scenario.until_whole(WHOLE_SECONDS, moves=kind.moves)
         whole = round(look.at_seconds - scenario.first_fault.at_seconds, 1)
@@ -82,6 +84,8 @@ def judged(
     recoveries = tuple(told["recoveries"])
     borrowed = [each for each in recoveries if each["kind"] == "Borrow"]
     stalls = [verdict.worst_stall_seconds] if verdict is not None else []
+    of_streams = verdict.problems if verdict is not None else ("nothing was compared",)
+    unmet = ("no stream was met",) if verdict is not None and not verdict.met else ()
     return Line(
         fault=kind.name,
         shape=SHAPE,
@@ -98,7 +102,7 @@ def judged(
         stalls_seconds=tuple(stalls),
         recoveries=recoveries,
         whole_after_seconds=whole,
-        problems=(*problems, *(verdict.problems if verdict is not None else ("nothing was compared",))),
+        problems=(*problems, *of_streams, *unmet),
     )
 
 

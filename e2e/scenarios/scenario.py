@@ -59,6 +59,11 @@ class Scenario:
         assert self._load is not None
         self._load.reach_the_middle(MIDDLE_SECONDS)
 
+    @property
+    def streams_run(self) -> bool:
+        assert self._load is not None
+        return any(sent.in_the_middle for sent in self._load.sent)
+
     def did(self, fault: Fault) -> Fault:
         self.faults.append(fault)
         return fault
