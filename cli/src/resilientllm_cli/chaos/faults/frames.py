@@ -7,19 +7,23 @@ from functools import partial
 from resilientllm_cli.chaos.relay import Spoil
 from resilientllm_cli.chaos.scene import Kind, Scene
 
-TRAFFIC_SECONDS = 10.0
+TRAFFIC_SECONDS = 2.0
+HEARTBEATS = ("commands", False)
 
 
 def spoil(scene: Scene, truncate: bool) -> None:
     relay = scene.world.relay
     if relay is None:
         raise RuntimeError("expected a world with a relay")
-    ways = [("commands", True), ("commands", False), ("replicas", True)]
+    ways = [("commands", True), HEARTBEATS, ("replicas", True)]
     if scene.victim.stage > 0:
         ways += [("link", True)] * 3  # where most bytes are
-    carries, inbound = scene.random.choice(ways)
+    chosen, place = scene.random.choice(ways), scene.random.random()
     scene.strike()
-    evidence = relay.spoil(Spoil(carries, inbound, truncate, scene.random.random()), TRAFFIC_SECONDS)
+    try:
+        evidence = relay.spoil(Spoil(*chosen, truncate, place), TRAFFIC_SECONDS)
+    except TimeoutError:  # nobody has anything to copy just then; heartbeats always come
+        evidence = relay.spoil(Spoil(*HEARTBEATS, truncate, place), TRAFFIC_SECONDS)
     scene.strike()
     scene.landed = evidence
 
