@@ -40,7 +40,7 @@ from resilientllm_worker.protocol.messages import (
     Stitched,
 )
 from resilientllm_worker.seams.launch import describe_difference
-from resilientllm_worker.transport.connection import Connection, dial
+from resilientllm_worker.transport.connection import PEER_TIMEOUT_SECONDS, Connection, dial
 from resilientllm_worker.transport.errors import (
     ConnectionClosed,
     ConnectionFailed,
@@ -54,6 +54,14 @@ logger = logging.getLogger(__name__)
 DIAL_SECONDS = 2.0
 FIRST_RETRY_SECONDS = 0.05
 LAST_RETRY_SECONDS = 1.0
+RETRANSMITTED_SECONDS = 0.4
+"""Linux counts its timeout from the first retransmission, which comes so long after the packet: 0.2 s until a
+probe of its loss, and as long again."""
+
+
+def peer_timeout_seconds(silence_seconds: float) -> float:
+    """What to tell the kernel, for it to break a connection on which nothing was acknowledged for so long."""
+    return min(max(silence_seconds - RETRANSMITTED_SECONDS, silence_seconds / 2), PEER_TIMEOUT_SECONDS)
 
 
 class CallFailed(Exception):
@@ -149,7 +157,7 @@ class Channel:
         self._digest = digest
         self._token = token
         self._limits = limits
-        self._peer_timeout_seconds = limits.heartbeat_timeout_seconds
+        self._peer_timeout_seconds = peer_timeout_seconds(limits.heartbeat_timeout_seconds)
         """A path that is cut one way is known first to the kernel, which gets no acknowledgements."""
         self._on_event = on_event
         self._on_result = on_result
@@ -221,9 +229,10 @@ class Channel:
     def allow_silence(self, seconds: float) -> None:
         """As a newer plan says. The heartbeats stay as they were asked for."""
         with self._lock:
-            self._peer_timeout_seconds, connection = seconds, self._dialled
+            self._peer_timeout_seconds = peer_timeout_seconds(seconds)
+            connection = self._dialled
         if connection is not None:
-            connection.allow_silence(seconds)
+            connection.allow_silence(self._peer_timeout_seconds)
 
     def send(self, message: Message) -> bool:
         """Hand over a message that has no answer. False if the stage is gone, which `Lost` tells too."""
