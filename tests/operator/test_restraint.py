@@ -241,8 +241,11 @@ def test_a_stage_that_crashes_again_and_again_shows_its_last_words_and_is_left_t
         assert touched(it, writes) == [], "the kubelet starts it again, ever more slowly"
         assert [note for reason, note in await it.events() if reason == "ContainerCrashing"] == [message]
         await crash(it, pod, 4, datetime.now(UTC), ready=True)
-        await it.until("an object that is as specified", it.as_specified)
-        assert await says(it, "Stalled", "AsSpecified")
+
+        async def mended() -> object:
+            return await says(it, "Stalled", "AsSpecified")
+
+        await it.until("Stalled to say that it does not any more", mended)
 
     tell(story, "crashing")
 
