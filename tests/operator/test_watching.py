@@ -90,6 +90,37 @@ def test_a_refusal_does_not(get: bool, status: int) -> None:
     assert after(watching.trace, status=status, ask=PODS, get=get, long_ago=False).stale(time.monotonic()) is None
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_a_write_that_takes_too_long_tells_of_an_api_server_that_is_gone_only_if_nobody_else_is_answered(
+    others: bool,
+) -> None:
+    async def run() -> str | None:
+        freshness, hangs, asked = Freshness(("Pod",)), asyncio.Event(), asyncio.Event()
+        freshness.listed("Pod", time.monotonic())
+
+        async def answer(request: web.Request) -> web.Response:
+            if request.method == "POST":
+                asked.set()
+                await hangs.wait()
+            return web.Response()
+
+        async with (
+            serving(answer) as server,
+            aiohttp.ClientSession(trace_configs=[watching.trace(freshness)]) as session,
+        ):
+            await session.get(f"{server}/readyz")
+            slow = asyncio.create_task(session.post(server + PODS, timeout=aiohttp.ClientTimeout(total=1.0)))
+            await asked.wait()
+            if others:
+                await session.get(f"{server}/readyz")
+            with pytest.raises(TimeoutError):
+                await slow
+            hangs.set()
+        return freshness.stale(time.monotonic())
+
+    assert (asyncio.run(run()) is None) == others
+
+
 def test_kopf_never_gives_up() -> None:
     assert len(list(islice(watching.Backoff(), 10_000))) == 10_000
     assert max(islice(watching.Backoff(), 10)) <= 2.0

@@ -7,6 +7,7 @@ one up and listed anew, which hides deletions. Its session is ours, though, and 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -62,8 +63,15 @@ def tune(settings: kopf.OperatorSettings) -> None:
 
 def trace(freshness: Freshness) -> aiohttp.TraceConfig:
     """Tells ``freshness`` what becomes of the requests of a session."""
+    answered_at = -math.inf
+
+    async def started(_: aiohttp.ClientSession, context: SimpleNamespace, __: aiohttp.TraceRequestStartParams) -> None:
+        context.began = time.monotonic()
 
     async def ended(_: aiohttp.ClientSession, __: SimpleNamespace, it: aiohttp.TraceRequestEndParams) -> None:
+        nonlocal answered_at
+        if it.response.status < 500:
+            answered_at = time.monotonic()
         if it.method != "GET":
             return
         if it.response.status >= 500:
@@ -71,12 +79,20 @@ def trace(freshness: Freshness) -> aiohttp.TraceConfig:
         elif "watch" in it.url.query and (kind := kind_of(it.url.path)) is not None and it.response.status < 300:
             freshness.heard(kind, time.monotonic())
 
-    async def failed(_: aiohttp.ClientSession, __: SimpleNamespace, it: aiohttp.TraceRequestExceptionParams) -> None:
-        if not isinstance(it.exception, asyncio.CancelledError):
-            words = str(it.exception) or type(it.exception).__name__
-            freshness.lost(f"the API server does not answer: {words}", time.monotonic())
+    async def failed(
+        _: aiohttp.ClientSession, context: SimpleNamespace, it: aiohttp.TraceRequestExceptionParams
+    ) -> None:
+        if isinstance(it.exception, asyncio.CancelledError):
+            return
+        # One that had to wait too long while others were answered: slow, and there. To stand still for it, and to list
+        # everything anew, would be no help to an API server that has too much to do.
+        if isinstance(it.exception, TimeoutError) and context.began < answered_at:
+            return
+        words = str(it.exception) or type(it.exception).__name__
+        freshness.lost(f"the API server does not answer: {words}", time.monotonic())
 
     config = aiohttp.TraceConfig()
+    config.on_request_start.append(started)
     config.on_request_end.append(ended)
     config.on_request_exception.append(failed)
     return config
