@@ -23,6 +23,7 @@ from resilientllm_cli.bench.settings import (
     WeightsSettings,
 )
 from resilientllm_cli.errors import UsageError
+from resilientllm_cli.progress import progress
 from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
 
 FAILED = 1
@@ -100,14 +101,16 @@ def run(arguments: argparse.Namespace) -> int:
     def result() -> dict[str, Any]:
         return report.document(measured, {**surroundings, "seconds": time.monotonic() - started})
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False)
-        _write(settings.output, result())
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     broken_off = False
     try:
-        measure(settings, measured, say)
+        with progress(console, "bench") as tell:
+
+            def say(line: str) -> None:
+                tell(line)
+                _write(settings.output, result())
+
+            measure(settings, measured, say)
     except KeyboardInterrupt:
         broken_off = True
         console.print("broken off: what was measured so far follows", highlight=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from resilientllm_api.plan import StageId
+from rich.console import Console
 
 from resilientllm_cli.chaos import enclosure, growth, timeline
 from resilientllm_cli.chaos import line as lines
@@ -27,6 +28,7 @@ from resilientllm_cli.chaos.run import run as run_case
 from resilientllm_cli.chaos.shape import Shape
 from resilientllm_cli.chaos.world import World
 from resilientllm_cli.errors import UsageError
+from resilientllm_cli.progress import progress
 from resilientllm_cli.tiny_model import TinyModel, write_tiny_model
 
 FAILED = 1
@@ -97,16 +99,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume and arguments.output.exists():
         done = {(each["fault"], each["shape"], each["seed"]) for each in lines.read(arguments.output.read_text())}
         wanted = [case for case in wanted if case.key not in done]
+    for folder in (arguments.directory, arguments.output.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{folder} must be a folder, or one that can be made: {error.strerror}") from error
     enclosure.enter(sys.argv[2:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    problems = _run_all(wanted, arguments.output, arguments.directory, time.monotonic() + arguments.for_seconds)
+    deadline = time.monotonic() + arguments.for_seconds
+    total = len(wanted) if deadline == float("inf") else None
+    with progress(Console(), "chaos", total) as say:
+        problems = _run_all(wanted, arguments.output, arguments.directory, deadline, say)
     return FAILED if problems else 0
 
 
-def _run_all(wanted: Sequence[Case], output: Path, directory: Path, deadline: float) -> int:
+def _run_all(wanted: Sequence[Case], output: Path, directory: Path, deadline: float, say: Callable[[str], None]) -> int:
     """Returns how many runs had a problem."""
-    directory.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     problems = 0
     with tempfile.TemporaryDirectory(prefix="rllm-") as folder:
         model, disk = Path(folder) / "tiny", Path(folder) / "disk"
@@ -123,17 +131,22 @@ def _run_all(wanted: Sequence[Case], output: Path, directory: Path, deadline: fl
                 logs = directory / "logs" / f"{shape}{'-relayed' * relayed}-{WORLDS - worlds_left}"
                 try:
                     with World(shape, model, network, disk, logs, behind) as world:
-                        left, failed = _run_in(world, left, output, directory, deadline)
+                        left, failed = _run_in(world, left, output, directory, deadline, say)
                         problems += failed
                 except (OSError, RuntimeError) as error:  # a TimeoutError is an OSError
-                    print(f"a world of {shape} broke: {error}", flush=True)
+                    say(f"a world of {shape} broke: {error}")
                     problems += 1
             problems += len(left) if time.monotonic() < deadline else 0
     return problems
 
 
 def _run_in(
-    world: World, wanted: Sequence[Case], output: Path, directory: Path, deadline: float
+    world: World,
+    wanted: Sequence[Case],
+    output: Path,
+    directory: Path,
+    deadline: float,
+    say: Callable[[str], None],
 ) -> tuple[list[Case], int]:
     """Until all are done, or the world cannot be used any more. Returns what is left, and how many had a problem."""
     urls = {instance: world.url(instance) for instance in range(world.shape.instances)}
@@ -153,17 +166,17 @@ def _run_in(
             file.write(outcome.line.to_json() + "\n")
         document = {"line": json.loads(outcome.line.to_json()), "timeline": outcome.timeline}
         (directory / f"{case.kind.name}-{case.shape}-{case.seed}.json").write_text(json.dumps(document))
-        _say(outcome.line, time.monotonic() - began)
+        say(_in_words(outcome.line, time.monotonic() - began))
         if not outcome.whole:
             return list(wanted[number:]), problems
     return [], problems
 
 
-def _say(line: Line, seconds: float) -> None:
+def _in_words(line: Line, seconds: float) -> str:
     figures = ", ".join(
         f"{name} {value:.3f} s"
         for name, value in (("detected after", line.detection_seconds), ("stall", line.stall_seconds))
         if value is not None
     )
     verdict = "; ".join(line.problems) or "held"
-    print(f"{line.fault} {line.shape} seed {line.seed} in {seconds:.1f} s: {figures}: {verdict}", flush=True)
+    return f"{line.fault} {line.shape} seed {line.seed} in {seconds:.1f} s: {figures}: {verdict}"
