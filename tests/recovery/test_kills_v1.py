@@ -19,6 +19,7 @@ from resilientllm_cli.local import observe
 from resilientllm_cli.local.cluster import LocalCluster, local_cluster
 from resilientllm_cli.streams import Stream
 
+from tests.recovery import stale_engine
 from tests.recovery.load import READY_SECONDS, asks, compared, merged_steps, stream_all, undisturbed, with_kill
 from tests.recovery.stuck_stage import stages_that_can_hang
 
@@ -115,6 +116,25 @@ def test_an_idle_instance_recovers_before_it_is_asked(whole: LocalCluster) -> No
     assert state.serving
     assert not state.on_own_stages
     assert compared(expected, asyncio.run(stream_all(url, wanted))) == Tokens(delivered=2 * 60)
+
+
+def test_what_an_engine_that_was_replaced_commands_changes_nothing(whole: LocalCluster) -> None:
+    wanted = asks(6, tokens=250)
+    urls = [engine.url for engine in whole.engines]
+    expected = [undisturbed(url, wanted) for url in urls]
+    before = [state_of(whole, instance).recoveries_total for instance in range(2)]
+    refusals: list[str] = []
+
+    def meddle() -> None:
+        for stage in whole.endpoints.stages.values():
+            for instance in range(2):
+                refusals.extend(stale_engine.command(stage.address, whole.token, instance))
+
+    streams, beside = with_kill(urls[0], wanted, meddle, after_tokens=60, beside=[(urls[1], wanted)])
+    assert compared(expected[0], streams) == compared(expected[1], beside) == Tokens(delivered=6 * 250)
+    assert [state_of(whole, instance).recoveries_total for instance in range(2)] == before
+    assert len(refusals) == 2 * STAGES * 2 * 3
+    assert all("older" in refusal for refusal in refusals), refusals
 
 
 def signalled(cluster: LocalCluster, stage: tuple[int, int], number: int) -> None:
