@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from resilientllm_operator.kube import KubeClient
+from resilientllm_operator.kube import REQUESTS, KubeClient
 from resilientllm_operator.permit import NotPermitted
 
 POD = {"metadata": {"namespace": "n", "name": "a"}}
-MANY = 100
 LEASE = {"metadata": {"namespace": "n", "name": "lease", "resourceVersion": "1"}}
 
 
@@ -51,29 +50,35 @@ async def until(what: Any) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_a_lease_is_renewed_whatever_else_is_under_way() -> None:
+def test_many_writes_take_turns_and_the_lease_does_not_wait_for_its() -> None:
     async def run() -> None:
         async with meeting() as (stand, kube), asyncio.TaskGroup() as tasks:
-            for _ in range(MANY):
+            for _ in range(3 * REQUESTS):
                 tasks.create_task(kube.create("Pod", POD))
-            await until(lambda: len(stand.asked) == MANY)
+            await until(lambda: len(stand.asked) == REQUESTS)
             await kube.update("Lease", LEASE)
-            assert stand.asked[MANY:] == ["PUT lease"]
+            assert stand.asked[REQUESTS:] == ["PUT lease"]
             stand.answers.set()
+            await until(lambda: len(stand.asked) == 3 * REQUESTS + 1)
 
     asyncio.run(run())
 
 
-def test_who_may_not_act_reads_and_writes_only_its_lease() -> None:
+def test_who_may_not_act_any_more_when_the_turn_comes_does_not_write() -> None:
     async def run() -> None:
         async with meeting() as (stand, kube):
-            stand.answers.set()
+            first = [asyncio.create_task(kube.create("Pod", POD)) for _ in range(REQUESTS)]
+            await until(lambda: len(stand.asked) == REQUESTS)
+            late = asyncio.create_task(kube.create("Pod", POD))
+            await asyncio.sleep(0)
             kube.permit = lambda: "another replica has the lease"
+            stand.answers.set()
+            await asyncio.gather(*first)
             with pytest.raises(NotPermitted, match="another replica"):
-                await kube.create("Pod", POD)
+                await late
+            assert len(stand.asked) == REQUESTS
             await kube.get("Pod", "n", "a")
             await kube.update("Lease", LEASE)
-            assert stand.asked == ["GET a", "PUT lease"]
 
     asyncio.run(run())
 

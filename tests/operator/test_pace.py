@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from resilientllm_operator.pace import SETTLED_SECONDS, UNSETTLED_SECONDS, is_settled, pause_seconds
+from resilientllm_operator.pace import SETTLED_SECONDS, UNSETTLED_SECONDS, is_settled, pause_seconds, spread
 
 from tests.operator.builders import borrowed, healthy_world, new_world, obj, status_of, with_engine
 
@@ -16,6 +16,10 @@ def test_after_a_round_that_did_something_comes_another_soon(settled: bool) -> N
 def test_quiet_rounds_become_rare() -> None:
     assert [pause_seconds(quiet, False) for quiet in (1, 2, 1000)] == [1.0, 2.0, UNSETTLED_SECONDS]
     assert [pause_seconds(quiet, True) for quiet in (3, 1000)] == [4.0, SETTLED_SECONDS]
+
+
+def test_objects_that_became_ready_together_do_not_stay_together() -> None:
+    assert [spread(30.0, chance) for chance in (0.0, 0.5, 1.0)] == [15.0, 22.5, 30.0]
 
 
 def test_a_healthy_object_is_settled() -> None:

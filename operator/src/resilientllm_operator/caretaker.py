@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from base64 import b64decode
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -29,7 +30,7 @@ from resilientllm_operator.engines import EngineAddress, EngineHttp, Engines
 from resilientllm_operator.kube import ApiError, KubeClient
 from resilientllm_operator.names import Role, budget_name, slice_name, token_secret_name
 from resilientllm_operator.observe import is_controlled_by, owner_of, view_object, view_pods, view_status
-from resilientllm_operator.pace import is_settled, pause_seconds
+from resilientllm_operator.pace import is_settled, pause_seconds, spread
 from resilientllm_operator.permit import NotPermitted, Permit
 from resilientllm_operator.pods import TOKEN_KEY
 from resilientllm_operator.routing import endpoints_essence, service_essence
@@ -96,7 +97,7 @@ class Caretaker:
                 failures = failures + 1 if done is None else 0
                 quiet = quiet + 1 if done == 0 else 0
                 await asyncio.sleep(MIN_PAUSE_SECONDS if not failures else min(2**failures / 4, MAX_BACKOFF_SECONDS))
-                await self._pause(pause_seconds(quiet, self._settled))
+                await self._pause(spread(pause_seconds(quiet, self._settled), random.random()))
         finally:
             self._forget_metrics()
             self._dispatcher.close()

@@ -29,7 +29,7 @@ LOOK_SECONDS = 0.25
 CRD_POLL_SECONDS = 2.0
 REMIND_SECONDS = 60.0
 """Between two lines of the log about standing still: kopf's own about the same trouble come every other second."""
-ROUNDS = 32
+ROUNDS = 128
 """At a time. Who waits has decided nothing yet: the manifests of a thousand objects would be 200 MB, and old when their
 turn comes."""
 WATCHED = {

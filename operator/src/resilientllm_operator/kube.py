@@ -6,6 +6,7 @@ request that waits for minutes would hold up the round that might save an instan
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from resilientllm_operator.permit import NotPermitted, Permit
 _TIMEOUT = aiohttp.ClientTimeout(total=10, connect=3)
 _WRITE_TIMEOUT = aiohttp.ClientTimeout(total=4, connect=3)
 """A write that was begun under the lease ends before another replica may take it (:mod:`lease`)."""
+REQUESTS = 32
+"""At a time."""
 PAGE = 100
 """Objects in one answer of a list. All pods of a large cluster at once would hold up all else, and fill the memory."""
 
@@ -60,11 +63,12 @@ class KubeClient:
         traces: Sequence[aiohttp.TraceConfig] = (),
     ) -> None:
         self.permit: Permit = lambda: None
-        """Asked when a write is about to go out."""
+        """Asked when a write is about to go out, not when somebody begins to wait for its turn."""
         self._server = server.rstrip("/")
         self._headers = headers
-        # No limit: caretakers take turns (:mod:`controller`). Here a request would wait within its time limits, and the
-        # lease until a thousand objects have been written to.
+        # Turns are given here and not by aiohttp, whose time limits would begin with the wait for one. The lease has
+        # no need of one: it must not wait until a thousand objects have been written to.
+        self._turns = asyncio.Semaphore(REQUESTS)
         connector = aiohttp.TCPConnector(ssl=tls if tls is not None else True, limit=0)
         self._session = aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, trace_configs=list(traces))
 
@@ -154,9 +158,16 @@ class KubeClient:
         body: Manifest | None = None,
         content_type: str = "application/json",
     ) -> Manifest:
-        of_lease = path.startswith(RESOURCES["Lease"][0])
-        if method != "GET" and not of_lease and (why := self.permit()) is not None:
-            raise NotPermitted(why)
+        if path.startswith(RESOURCES["Lease"][0]):
+            return await self._send(method, path, params, body, content_type)
+        async with self._turns:
+            if method != "GET" and (why := self.permit()) is not None:
+                raise NotPermitted(why)
+            return await self._send(method, path, params, body, content_type)
+
+    async def _send(
+        self, method: str, path: str, params: Mapping[str, str] | None, body: Manifest | None, content_type: str
+    ) -> Manifest:
         async with self._session.request(
             method,
             f"{self._server}/{path}",

@@ -23,6 +23,15 @@ def pause_seconds(quiet_rounds: int, settled: bool) -> float:
     return min(SOON_SECONDS * (1 << min(quiet_rounds, 10)), SETTLED_SECONDS if settled else UNSETTLED_SECONDS)
 
 
+def spread(seconds: float, chance: float) -> float:
+    """Between half of it and all of it. ``chance``: from 0 to 1, anew for each pause.
+
+    A thousand objects that became ready together would else be looked at together for ever, and who has news would have
+    to wait for all of them.
+    """
+    return seconds * (1 + chance) / 2
+
+
 def is_settled(status: ResilientLLMStatus, generation: int) -> bool:
     """Whether all is as the spec wants it, as far as is known."""
     found = {each.type: each.status for each in status.conditions if each.observed_generation == generation}
