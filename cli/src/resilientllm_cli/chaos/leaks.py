@@ -18,9 +18,8 @@ POLL_SECONDS = 0.25
 MORE_DESCRIPTORS = 4
 """Of one process: a connection may be just being dialled anew."""
 MORE_CONNECTIONS = 8
-MORE_BYTES = 128 << 20
-"""Of the memory of one process, in one run: a stage's first burst takes 80 MiB. What grows by less in each of many
-shows in the lines."""
+MORE_BYTES = 64 << 20
+"""Of the memory of one process, in one run; what grows by less in each of many shows in the lines."""
 
 
 @dataclass(frozen=True)

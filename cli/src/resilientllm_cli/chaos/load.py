@@ -15,8 +15,8 @@ from resilientllm_cli.streams import Sampling, Stream, connect, model_name, run_
 
 STREAMS = 4
 """To each engine."""
-BOUND_SECONDS = 90.0
-"""For all streams of a run; longer than a request waits for a donor, or for one of a stage's first steps that hangs."""
+BOUND_SECONDS = 60.0
+"""For all streams of a run; longer than a request waits for a donor."""
 CROWD_TOKENS = 24
 """That each of a crowd asks for."""
 AT_ONCE, BETWEEN_SECONDS = 4, 0.01
