@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 from random import Random
 
-from resilientllm_cli.chaos.line import Line
-
 from e2e.chaos.kinds import KINDS, ClusterKind
+from e2e.chaos.record import Record, line, timeline
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.launch import REPOSITORY
 from e2e.demo import installation
@@ -25,7 +24,8 @@ from e2e.scenarios.scenario import Scenario
 WHOLE_SECONDS = 240.0
 LONGEST_WAIT_SECONDS = 3.0
 """Faults come at any moment of the streams, which go on and on."""
-SHAPE = "2x2"
+REST_SECONDS = 6.0
+"""Between two rounds of streams, so that a stage that starts beside them has a core."""
 
 
 def main() -> int:
@@ -42,18 +42,16 @@ def main() -> int:
                 for name in names:
                     if time.monotonic() > deadline:
                         return int(problems > 0)
-                    line = run(ground, KINDS[name], arguments.seed + number)
-                    problems += bool(line.problems)
-                    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                    with arguments.output.open("a") as file:
-                        file.write(line.to_json() + "\n")
-                    print(f"{name} seed {line.seed}: {'; '.join(line.problems) or 'held'}", flush=True)
+                    record = run(ground, KINDS[name], arguments.seed + number)
+                    problems += bool(record.line.problems)
+                    record.write(arguments.output, arguments.directory)
+                    print(record.in_words, flush=True)
         finally:
             ground.down()
     return int(problems > 0)
 
 
-def run(ground: Ground, kind: ClusterKind, seed: int) -> Line:
+def run(ground: Ground, kind: ClusterKind, seed: int) -> Record:
     """The victim is a stage alone on its node: whoever ends the node ends exactly one."""
     random = Random(f"{kind.name} {seed}")
     scenario = Scenario(ground, f"chaos/{kind.name}-{seed}", ground.whole())
@@ -61,7 +59,7 @@ def run(ground: Ground, kind: ClusterKind, seed: int) -> Line:
     problems: list[str] = []
     whole: float | None = None
     try:
-        scenario.start_load()
+        scenario.start_load(pause_seconds=REST_SECONDS)
         time.sleep(random.uniform(0.0, LONGEST_WAIT_SECONDS))
         if not scenario.streams_run:
             scenario.meet_streams()
@@ -74,36 +72,7 @@ def run(ground: Ground, kind: ClusterKind, seed: int) -> Line:
         scenario.keep_evidence(str(error))
     finally:
         scenario.close()
-    return judged(scenario, kind, seed, pod.place, whole, problems)
-
-
-def judged(
-    scenario: Scenario, kind: ClusterKind, seed: int, victim: str, whole: float | None, problems: list[str]
-) -> Line:
-    verdict, told = scenario.verdict, scenario.line("")
-    recoveries = tuple(told["recoveries"])
-    borrowed = [each for each in recoveries if each["kind"] == "Borrow"]
-    stalls = [verdict.worst_stall_seconds] if verdict is not None else []
-    of_streams = verdict.problems if verdict is not None else ("nothing was compared",)
-    unmet = ("no stream was met",) if verdict is not None and not verdict.met else ()
-    return Line(
-        fault=kind.name,
-        shape=SHAPE,
-        seed=seed,
-        landed={each.what: each.evidence for each in scenario.faults},
-        phase="any",
-        victim=victim,
-        streams_met=verdict.met if verdict is not None else 0,
-        lost=verdict.tokens.lost if verdict is not None else 0,
-        duplicated=verdict.tokens.duplicated if verdict is not None else 0,
-        changed=verdict.tokens.changed if verdict is not None else 0,
-        detection_seconds=min((each["after_seconds"] for each in borrowed), default=None),
-        stall_seconds=max(stalls, default=None),
-        stalls_seconds=tuple(stalls),
-        recoveries=recoveries,
-        whole_after_seconds=whole,
-        problems=(*problems, *of_streams, *unmet),
-    )
+    return Record(line(scenario, kind, seed, pod, whole, problems), timeline(scenario))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1, help="of the first run")
     parser.add_argument("--for-seconds", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "chaos.jsonl")
+    parser.add_argument("--directory", type=Path, default=REPOSITORY / "build" / "chaos", help="for timelines")
     return parser
 
 

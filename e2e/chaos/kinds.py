@@ -29,6 +29,8 @@ class ClusterKind:
     """The pod: a stage that is alone on its node. Calls `Scenario.did`."""
     moves: bool = True
     """Places change hands for it."""
+    strikes: int = 0
+    """Which of its faults ends the stage, or cuts it off: detection counts from there."""
 
 
 def delete_pod(scenario: Scenario, pod: Pod, random: Random) -> None:
@@ -84,7 +86,7 @@ KINDS = {
         ClusterKind("node-killed", kill_node),
         ClusterKind("cluster-node-cut", cut_node),
         ClusterKind("kubelet-dead", stop_kubelet, moves=False),
-        ClusterKind("operator-dead", kill_operator),
-        ClusterKind("api-server-dead", stop_api_server),
+        ClusterKind("operator-dead", kill_operator, strikes=1),
+        ClusterKind("api-server-dead", stop_api_server, strikes=1),
     )
 }

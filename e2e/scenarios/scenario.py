@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from e2e.cluster.errors import ClusterError, CommandFailed
 from e2e.demo.observation import Pod, waits_for
 from e2e.scenarios.fault import Fault
 from e2e.scenarios.ground import LOOK_SECONDS, STREAMS_SECONDS, Ground
-from e2e.scenarios.load import PAUSE_SECONDS, Load
+from e2e.scenarios.load import PAUSE_SECONDS, Load, Sent
 from e2e.scenarios.look import Look
 from e2e.scenarios.verdict import Verdict, judge, stall_between
 
@@ -58,6 +58,11 @@ class Scenario:
         """Returns when every stream is in the middle again."""
         assert self._load is not None
         self._load.reach_the_middle(MIDDLE_SECONDS)
+
+    @property
+    def sent(self) -> Sequence[Sent]:
+        """All streams that were asked for."""
+        return self._load.sent if self._load is not None else ()
 
     @property
     def streams_run(self) -> bool:

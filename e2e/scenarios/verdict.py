@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from resilientllm_cli.comparison import Tokens, compare, total
+from resilientllm_cli.streams import SEND_AGAIN
 
 from e2e.scenarios.load import Sent
 
@@ -19,11 +20,18 @@ class Verdict:
     streams: int
     met: int
     """Streams that ran when the fault came."""
+    without_token: int
+    """Of those: still without one."""
+    failed_explicitly: int
+    """With the error that says to send the request again."""
+    failed_otherwise: int
     tokens: Tokens
     problems: tuple[str, ...]
     """One for each stream that did not end as it should, or differs."""
     worst_stall_seconds: float
     """The longest that a client waited for a token, its first one included, after the fault."""
+    stalls_seconds: tuple[float, ...]
+    """The same, of each stream that the fault met."""
 
     @property
     def unharmed(self) -> bool:
@@ -34,9 +42,15 @@ def judge(sent: Iterable[Sent], reference: Reference, fault_seconds: float) -> V
     """``fault_seconds``: of ``time.monotonic``. Streams that were over before say nothing, and are left out."""
     streams = [each for each in sent if each.ended_seconds is None or each.ended_seconds > fault_seconds]
     compared = {id(each): compare(reference[each.stream.index], each.stream.tokens) for each in streams}
+    met = [each for each in streams if each.asked_seconds < fault_seconds]
+    errors = [each.stream.error for each in streams if each.stream.error is not None]
+    explicit = sum(SEND_AGAIN in error for error in errors)
     return Verdict(
         streams=len(streams),
-        met=sum(each.asked_seconds < fault_seconds for each in streams),
+        met=len(met),
+        without_token=sum(not each.stream.tokens or each.stream.arrivals_seconds[0] > fault_seconds for each in met),
+        failed_explicitly=explicit,
+        failed_otherwise=len(errors) - explicit,
         tokens=total(compared.values()),
         problems=tuple(
             f"{each.target}, round {each.round}, prompt {each.stream.index}: {words}"
@@ -44,6 +58,7 @@ def judge(sent: Iterable[Sent], reference: Reference, fault_seconds: float) -> V
             if (words := _problem(each, compared[id(each)]))
         ),
         worst_stall_seconds=stall_between(streams, fault_seconds, float("inf")),
+        stalls_seconds=tuple(round(stall_between([each], fault_seconds, float("inf")), 4) for each in met),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from resilientllm_cli.comparison import Tokens
-from resilientllm_cli.streams import Stream
+from resilientllm_cli.streams import SEND_AGAIN, Stream
 
 from e2e.scenarios.load import Sent
 from e2e.scenarios.verdict import judge, stall_between
@@ -60,6 +60,29 @@ def test_a_stream_that_broke_has_lost_what_did_not_come() -> None:
 
     assert verdict.tokens.lost == 2
     assert verdict.problems == ("service, round 0, prompt 0: broke after 2 tokens: APIError: gone",)
+
+
+def test_errors_are_counted_by_whether_they_say_to_send_the_request_again() -> None:
+    streams = [
+        sent(0, [1], [99], error=f"APIError: nobody stands in. {SEND_AGAIN}."),
+        sent(1, [5], [99], error="APIConnectionError: gone"),
+        sent(0, [1, 2, 3, 4], [99, 101, 102, 103]),
+    ]
+    verdict = judge(streams, REFERENCE, FAULT)
+
+    assert (verdict.failed_explicitly, verdict.failed_otherwise) == (1, 1)
+    assert len(verdict.problems) == 2
+
+
+def test_stalls_are_of_the_streams_that_the_fault_met() -> None:
+    waits = sent(0, [1, 2, 3, 4], [103, 104, 104.5, 105], asked=99.0)
+    streams = sent(1, [5, 6, 7, 8], [99, 99.5, 102, 102.5])
+    later = sent(1, [5, 6, 7, 8], [130, 131, 132, 133], asked=101.0, ended=140.0)
+    verdict = judge([waits, streams, later], REFERENCE, FAULT)
+
+    assert (verdict.met, verdict.without_token) == (2, 1)
+    assert verdict.stalls_seconds == (4.0, 2.5)
+    assert verdict.worst_stall_seconds == 29.0
 
 
 def test_a_stream_that_does_not_end_is_a_problem() -> None:

@@ -19,6 +19,9 @@ Prompt = str | Sequence[int]
 ABORTED = "abort"
 """What stock vLLM gives as the reason when it goes down with the stream: no error, and not all of the tokens."""
 
+SEND_AGAIN = "Send the request again"
+"""Of the error with which a request ends that nobody can go on with: it says so, and the request may be repeated."""
+
 RETRY_SECONDS = 0.05
 """Between attempts of a client that retries: often enough not to add to what it measures."""
 

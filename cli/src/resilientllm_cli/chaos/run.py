@@ -17,11 +17,11 @@ from resilientllm_cli.chaos.load import TOKENS, Load, Phase, Sent, Undisturbed
 from resilientllm_cli.chaos.scene import Kind, Scene
 from resilientllm_cli.chaos.world import World
 from resilientllm_cli.comparison import Tokens, compare, stall_seconds
+from resilientllm_cli.streams import SEND_AGAIN
 
 WHOLE_SECONDS = 90.0
 LATEST = 0.6
 """The fault comes before this fraction of a stream's tokens, so that enough of it is left."""
-EXPLICIT = "Send the request again"
 EARLY_SECONDS = 0.1
 """A suspicion that is older than the fault by more is a false one; some faults are timed just after they happened."""
 FAIR = 16
@@ -133,7 +133,7 @@ def judge(
         if each.left:
             tokens += compare(expected[: len(got)], got)
             continue
-        if each.stream.error and EXPLICIT in each.stream.error:
+        if each.stream.error and SEND_AGAIN in each.stream.error:
             explicit += 1
             tokens += compare(expected[: len(got)], got)
             continue
@@ -261,9 +261,10 @@ def _recoveries(world: World, totals: Mapping[int, int]) -> dict[int, Sequence[R
 def _timeline(scene: Scene, sent: Sequence[Sent], recoveries: Mapping[int, Sequence[Recovery]]) -> dict[str, Any]:
     at = scene.at_seconds if scene.at_seconds is not None else time.monotonic()
     return {
+        "faults": [0.0],
         "streams": [
             {
-                "instance": each.instance,
+                "of": f"instance {each.instance}",
                 "index": each.stream.index,
                 "asked": len(each.stream.tokens),
                 "arrivals": [round(arrival - at, 4) for arrival in each.stream.arrivals_seconds],

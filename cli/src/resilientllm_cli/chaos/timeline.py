@@ -11,7 +11,7 @@ from typing import Any
 from resilientllm_cli.errors import UsageError
 
 COLOURS = ("#1b7837", "#5e3c99", "#2166ac")
-"""By instance."""
+"""By what the streams were of: an instance, or a Service."""
 PHASES = {
     "wait": "#bdbdbd",
     "hold": "#fee090",
@@ -53,6 +53,7 @@ def draw(document: Mapping[str, Any], output: Path) -> None:
         figure = Figure(figsize=(7.5, 3.6), layout="constrained")
         axes = figure.subplots()
         told: set[str] = set()
+        kinds = sorted({stream["of"] for stream in timeline["streams"]})
 
         def once(label: str) -> str | None:
             if label in told:
@@ -67,8 +68,8 @@ def draw(document: Mapping[str, Any], output: Path) -> None:
                 range(1, len(arrivals) + 1),
                 drawstyle="steps-post",
                 linewidth=1,
-                color=COLOURS[stream["instance"] % len(COLOURS)],
-                label=once(f"streams of instance {stream['instance']}"),
+                color=COLOURS[kinds.index(stream["of"]) % len(COLOURS)],
+                label=once(f"streams of {stream['of']}"),
             )
         for recovery in timeline["recoveries"]:
             start = recovery["detected"]
@@ -78,12 +79,14 @@ def draw(document: Mapping[str, Any], output: Path) -> None:
                 if seconds:
                     axes.axvspan(start, start + seconds, color=colour, alpha=0.5, linewidth=0, label=once(phase))
                 start += seconds
-        axes.axvline(0.0, color="#d73027", linewidth=1.2, label="fault")
+        for at in timeline["faults"]:
+            axes.axvline(at, color="#d73027", linewidth=1.2, label=once("fault, and its end"))
         last = max((stream["arrivals"][-1] for stream in timeline["streams"] if stream["arrivals"]), default=0.0)
         axes.set_xlim(-BEFORE_SECONDS, last + AFTER_SECONDS)
         axes.set_xlabel("seconds since the fault")
         axes.set_ylabel("tokens of each stream")
-        axes.set_title(f"{line['fault']} of stage {line['victim']}, {line['shape']}, in {line['phase']}", fontsize=9)
+        phase = f", in {line['phase']}" if line["phase"] else ""
+        axes.set_title(f"{line['fault']} of stage {line['victim']}, {line['shape']}{phase}", fontsize=9)
         figure.legend(fontsize=7, loc="outside right upper")
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
