@@ -24,7 +24,7 @@ from e2e.scenarios.scenario import Scenario
 WHOLE_SECONDS = 240.0
 LONGEST_WAIT_SECONDS = 3.0
 """Faults come at any moment of the streams, which go on and on."""
-REST_SECONDS = 6.0
+REST_SECONDS = 20.0
 """Between two rounds of streams, so that a stage that starts beside them has a core."""
 
 

@@ -48,7 +48,8 @@ PINNED = {0: (2, 3), 1: (4, 5)}
 READY_SECONDS = 600.0
 MEND_SECONDS = 240.0
 STREAMS_SECONDS = 120.0
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 1.0
+"""A look takes a fifth of a second of a core."""
 
 
 def specified() -> dict[str, Any]:

@@ -106,16 +106,21 @@ class Load:
     def reach_the_middle(self, timeout_seconds: float) -> int:
         """Returns as soon as every stream of every target is in the middle; how many these are.
 
-        Targets are in step for this: each waits at the end of its round until all have ended theirs.
+        Targets are in step for this: each waits at the end of its round until all have ended theirs. They are in step
+        anyway in their first round.
         """
+        if any(len(sent.stream.tokens) >= MIDDLE_TOKENS or sent.over for sent in self.sent):
+            self._begin_together(timeout_seconds)
+        self._until(lambda: all(line.round for line in self._lines), "the rounds to begin", timeout_seconds)
+        self._until(lambda: all(sent.in_the_middle for sent in self._present), "the middle", timeout_seconds)
+        return len(self._present)
+
+    def _begin_together(self, timeout_seconds: float) -> None:
         self._held = True
         self._until(lambda: not any(line.streaming for line in self._lines), "the rounds to end", timeout_seconds)
         for line in self._lines:
             line.round = []
         self._held = False
-        self._until(lambda: all(line.round for line in self._lines), "the next rounds to begin", timeout_seconds)
-        self._until(lambda: all(sent.in_the_middle for sent in self._present), "the middle", timeout_seconds)
-        return len(self._present)
 
     @property
     def _present(self) -> list[Sent]:
