@@ -82,8 +82,8 @@ local: setup $(filter build/tiny,$(MODEL)) ## engines and stages as processes of
 bench: setup ## kills under load, beside stock vLLM; writes build/bench.json
 	@$(RUN) resilientllm bench $(BENCH_ARGS)
 
-chaos: setup ## faults under load, each proven; FAULTS=kill-first,hang and RUNS=20 choose; writes build/chaos.jsonl (root)
-	@$(RUN) resilientllm chaos --faults '$(FAULTS)' --runs $(RUNS) $(CHAOS_ARGS)
+chaos: setup ## faults under load, each proven; FAULTS=hang,node-killed and RUNS=20 choose; writes build/chaos.jsonl (root)
+	@$(RUN) python -m e2e.chaos --faults '$(FAULTS)' --runs $(RUNS) $(CHAOS_ARGS)
 
 demo: setup ## a real Kubernetes, a kill in mid-stream, the same stream; writes build/demo.json (root)
 	@$(RUN) python -m e2e.demo up $(DEMO_ARGS)

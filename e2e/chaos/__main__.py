@@ -1,6 +1,8 @@
-"""`python -m e2e.chaos`: faults on a real cluster under load; a line of JSON each, in the file of `resilientllm chaos`.
+"""`make chaos`: python -m e2e.chaos. Faults of all kinds under load; a line of JSON each.
 
-Exit status 1 when a run had a problem. Needs root.
+What needs no Kubernetes is done by `resilientllm chaos`, the rest then on a real cluster, which needs root.
+
+Exit status: 0, or 1 when a run had a problem; 2 wrong usage; 130 interrupted (nothing stays).
 """
 
 from __future__ import annotations
@@ -8,81 +10,87 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
-from random import Random
 
-from e2e.chaos.kinds import KINDS, ClusterKind
-from e2e.chaos.record import Record, line, timeline
+from resilientllm_cli.chaos.faults import KINDS as LOCAL_KINDS
+
+from e2e.chaos import cluster_runs, local_runs
+from e2e.chaos.kinds import KINDS as CLUSTER_KINDS
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.launch import REPOSITORY
-from e2e.demo import installation
-from e2e.scenarios.ground import Ground
-from e2e.scenarios.scenario import Scenario
 
-WHOLE_SECONDS = 240.0
-LONGEST_WAIT_SECONDS = 3.0
-"""Faults come at any moment of the streams, which go on and on."""
-REST_SECONDS = 20.0
-"""Between two rounds of streams, so that a stage that starts beside them has a core."""
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
-def main() -> int:
-    arguments = _parser().parse_args()
+def main(words: list[str] | None = None) -> int:
+    arguments = _parse(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    names = arguments.faults.split(",") if arguments.faults else list(KINDS)
     deadline = time.monotonic() + arguments.for_seconds
-    problems = 0
-    with tempfile.TemporaryDirectory() as folder:
-        ground = Ground(installation.open_to_all(Path(folder)))
-        try:
-            ground.make()
-            for number in range(arguments.runs):
-                for name in names:
-                    if time.monotonic() > deadline:
-                        return int(problems > 0)
-                    record = run(ground, KINDS[name], arguments.seed + number)
-                    problems += bool(record.line.problems)
-                    record.write(arguments.output, arguments.directory)
-                    print(record.in_words, flush=True)
-        finally:
-            ground.down()
-    return int(problems > 0)
-
-
-def run(ground: Ground, kind: ClusterKind, seed: int) -> Record:
-    """The victim is a stage alone on its node: whoever ends the node ends exactly one."""
-    random = Random(f"{kind.name} {seed}")
-    scenario = Scenario(ground, f"chaos/{kind.name}-{seed}", ground.whole())
-    pod = random.choice(sorted(scenario.before.alone, key=lambda each: each.place))
-    problems: list[str] = []
-    whole: float | None = None
+    failed = False
     try:
-        scenario.start_load(pause_seconds=REST_SECONDS)
-        time.sleep(random.uniform(0.0, LONGEST_WAIT_SECONDS))
-        if not scenario.streams_run:
-            scenario.meet_streams()
-        kind.inject(scenario, pod, random)
-        look = scenario.until_whole(WHOLE_SECONDS, moves=kind.moves)
-        whole = round(look.at_seconds - scenario.first_fault.at_seconds, 1)
-        scenario.judge()
-    except (ClusterError, AssertionError, OSError) as error:
-        problems.append(str(error))
-        scenario.keep_evidence(str(error))
-    finally:
-        scenario.close()
-    return Record(line(scenario, kind, seed, pod, whole, problems), timeline(scenario))
+        if arguments.local:
+            code = local_runs.run(_words_for_local(arguments))
+            if code not in (0, FAILED):
+                return code
+            failed |= code == FAILED
+        if arguments.cluster:
+            failed |= cluster_runs.run(
+                [CLUSTER_KINDS[name] for name in arguments.cluster],
+                range(arguments.seed, arguments.seed + arguments.runs),
+                arguments.output,
+                arguments.directory,
+                deadline,
+                resume=arguments.resume,
+            )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return FAILED if failed else 0
+
+
+def _parse(words: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    local, cluster = list(LOCAL_KINDS), [] if arguments.soak else list(CLUSTER_KINDS)
+    names = arguments.faults.split(",") if arguments.faults else [*local, *cluster]
+    if unknown := [name for name in names if name not in local and name not in cluster]:
+        parser.error(f"unknown faults {', '.join(unknown)}: expected some of {', '.join([*local, *cluster])}")
+    arguments.local = [name for name in names if name in local]
+    arguments.cluster = [name for name in names if name in cluster]
+    for folder in (arguments.directory, arguments.output.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{folder} must be a folder, or one that can be made: {error.strerror}")
+    return arguments
+
+
+def _words_for_local(arguments: argparse.Namespace) -> list[str]:
+    words = [f"--faults={','.join(arguments.local)}"]
+    for name in ("runs", "seed", "shapes", "for_seconds", "output", "directory"):
+        value = getattr(arguments, name)
+        if value is not None:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    words += [f"--{name}" for name in ("resume", "soak") if getattr(arguments, name)]
+    return words
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m e2e.chaos", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--faults", default="", metavar="KIND,…", help=f"default: all of {', '.join(KINDS)}")
+    kinds = f"{', '.join(LOCAL_KINDS)}; on a cluster: {', '.join(CLUSTER_KINDS)}"
+    parser.add_argument("--faults", default="", metavar="KIND,…", help=f"default: all of {kinds}")
     parser.add_argument("--runs", type=int, default=20, help="of each kind (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the first run")
+    parser.add_argument("--shapes", help="instances x stages, in turns; a cluster always has 2x2")
+    parser.add_argument("--seed", type=int, default=1, help="of the first run; the next ones count on from it")
     parser.add_argument("--for-seconds", type=float, default=float("inf"), help="begin no run after that")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "chaos.jsonl")
-    parser.add_argument("--directory", type=Path, default=REPOSITORY / "build" / "chaos", help="for timelines")
+    parser.add_argument("--resume", action="store_true", help="leave out what the output has already")
+    parser.add_argument("--soak", action="store_true", help="kinds that need no cluster at random, in one world")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "chaos.jsonl", help="lines are appended")
+    parser.add_argument("--directory", type=Path, default=REPOSITORY / "build" / "chaos", help="timelines and logs")
     return parser
 
 

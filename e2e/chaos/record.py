@@ -23,10 +23,6 @@ class Record:
     line: Line
     timeline: dict[str, Any]
 
-    @property
-    def in_words(self) -> str:
-        return f"{self.line.fault} seed {self.line.seed}: {'; '.join(self.line.problems) or 'held'}"
-
     def write(self, lines: Path, directory: Path) -> None:
         """The line is appended, the timeline has a file of its own."""
         lines.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +46,7 @@ def line(
     found += verdict.problems
     if not verdict.met:
         found.append("no stream was met")
-    recoveries = scenario.line("")["recoveries"]
+    recoveries = scenario.recoveries()
     if recoveries and not kind.moves:
         found.append("places changed hands without reason")
     return Line(
@@ -91,7 +87,7 @@ def timeline(scenario: Scenario) -> dict[str, Any]:
             for each in scenario.sent
             if each.asked_seconds < zero and (each.ended_seconds is None or each.ended_seconds > zero)
         ],
-        "recoveries": [{**each, "detected": each["after_seconds"]} for each in scenario.line("")["recoveries"]],
+        "recoveries": [{**each, "detected": each["after_seconds"]} for each in scenario.recoveries()],
     }
 
 

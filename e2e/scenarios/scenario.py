@@ -153,7 +153,7 @@ class Scenario:
                 else {}
             ),
             "new_pods": self._new_pods(start) if start else [],
-            "recoveries": self._recoveries(start) if start else [],
+            "recoveries": self.recoveries(),
             "events": [
                 f"{event.reason}: {event.note}"
                 for event in self.now.seen.events
@@ -195,7 +195,11 @@ class Scenario:
             for pod in self.made_since(self.before)
         ]
 
-    def _recoveries(self, start: datetime) -> list[dict[str, Any]]:
+    def recoveries(self) -> list[dict[str, Any]]:
+        """Since the first fault, as the engines measured them."""
+        if not self.faults:
+            return []
+        start = self.first_fault.at
         return [
             {
                 "kind": str(each.kind),

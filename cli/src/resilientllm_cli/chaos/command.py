@@ -166,17 +166,7 @@ def _run_in(
             file.write(outcome.line.to_json() + "\n")
         document = {"line": json.loads(outcome.line.to_json()), "timeline": outcome.timeline}
         (directory / f"{case.kind.name}-{case.shape}-{case.seed}.json").write_text(json.dumps(document))
-        say(_in_words(outcome.line, time.monotonic() - began))
+        say(outcome.line.in_words(time.monotonic() - began))
         if not outcome.whole:
             return list(wanted[number:]), problems
     return [], problems
-
-
-def _in_words(line: Line, seconds: float) -> str:
-    figures = ", ".join(
-        f"{name} {value:.3f} s"
-        for name, value in (("detected after", line.detection_seconds), ("stall", line.stall_seconds))
-        if value is not None
-    )
-    verdict = "; ".join(line.problems) or "held"
-    return f"{line.fault} {line.shape} seed {line.seed} in {seconds:.1f} s: {figures}: {verdict}"

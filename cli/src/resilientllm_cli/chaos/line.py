@@ -56,6 +56,16 @@ class Line:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    def in_words(self, seconds: float) -> str:
+        """``seconds``: that the run took."""
+        figures = ", ".join(
+            f"{name} {value:.3f} s"
+            for name, value in (("detected after", self.detection_seconds), ("stall", self.stall_seconds))
+            if value is not None
+        )
+        verdict = "; ".join(self.problems) or "held"
+        return f"{self.fault} {self.shape} seed {self.seed} in {seconds:.1f} s: {figures or 'no figures'}: {verdict}"
+
 
 HEADER = (
     *("fault", "n", "landed", "detection p50", "stall p50", "stall p99"),

@@ -1,0 +1,106 @@
+"""What a line says of a run on a cluster: whatever a client did not get as it should have is in it."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from resilientllm_cli.comparison import Tokens
+
+from e2e.chaos.kinds import KINDS
+from e2e.chaos.record import Record, line, timeline
+from e2e.scenarios.fault import Fault
+from e2e.scenarios.ground import Ground
+from e2e.scenarios.look import parse_look
+from e2e.scenarios.scenario import Scenario
+from e2e.scenarios.verdict import Verdict
+from tests.scenarios.test_look import START, items, recovery
+
+GOOD = Verdict(
+    streams=8,
+    met=2,
+    without_token=0,
+    failed_explicitly=0,
+    failed_otherwise=0,
+    tokens=Tokens(delivered=960),
+    problems=(),
+    worst_stall_seconds=3.0,
+    stalls_seconds=(0.4, 0.2),
+)
+
+
+def scenario(*recoveries: dict[str, Any], verdict: Verdict | None = GOOD, faults: int = 1) -> Scenario:
+    seen = items()
+    made = Scenario(Ground(Path()), "chaos/x", parse_look(seen, "tiny", 0.0))
+    for number in range(faults):
+        made.did(Fault(f"fault {number}", START + timedelta(seconds=10 * number), 10.0 * number, "seen"))
+    seen[0]["status"]["recoveries"] = list(recoveries)
+    made.looks.append(parse_look(seen, "tiny", 1.0))
+    made.verdict = verdict
+    return made
+
+
+def told(kind: str, of: Scenario, *problems: str) -> Any:
+    return line(of, KINDS[kind], 7, of.before.stages[0], 42.0, problems)
+
+
+def test_a_good_run_has_no_problem() -> None:
+    good = told("node-killed", scenario(recovery("Borrow", 0, 1.5), recovery("SwapBack", 0, 40.0)))
+
+    assert good.problems == ()
+    assert (good.fault, good.shape, good.seed, good.victim) == ("node-killed", "2x2", 7, "0.0")
+    assert good.landed == {"fault 0": "seen"}
+    assert (good.detection_seconds, good.stall_seconds, good.stalls_seconds) == (1.5, 0.4, (0.4, 0.2))
+    assert good.whole_after_seconds == 42.0
+
+
+def test_detection_counts_from_the_fault_that_struck_the_stage() -> None:
+    late = told("operator-dead", scenario(recovery("Borrow", 0, 10.25), faults=2))
+    assert late.detection_seconds == 0.25
+
+
+def test_a_fault_that_did_not_strike_the_stage_did_not_land() -> None:
+    assert "the fault did not land" in told("operator-dead", scenario(faults=1)).problems
+    assert "the fault did not land" in told("node-killed", scenario(faults=0, verdict=None)).problems
+
+
+def test_a_run_that_met_nobody_or_compared_nothing_is_a_problem() -> None:
+    nobody = Verdict(**{**vars(GOOD), "met": 0, "stalls_seconds": ()})
+    assert told("pod-deleted", scenario(verdict=nobody)).problems == ("no stream was met",)
+    assert told("pod-deleted", scenario(verdict=None)).problems == ("nothing was compared",)
+
+
+def test_what_clients_lost_is_counted_and_told() -> None:
+    bad = Verdict(
+        **{
+            **vars(GOOD),
+            "tokens": Tokens(10, lost=3, duplicated=2, changed=1),
+            "problems": ("broke",),
+            "failed_otherwise": 1,
+        }
+    )
+    of = told("pod-deleted", scenario(verdict=bad), "did not become whole")
+    assert (of.lost, of.duplicated, of.changed, of.failed_otherwise) == (3, 2, 1, 1)
+    assert of.problems == ("did not become whole", "broke")
+
+
+def test_nobody_may_be_suspected_for_a_dead_kubelet() -> None:
+    assert told("kubelet-dead", scenario()).problems == ()
+    assert told("kubelet-dead", scenario(recovery("Borrow", 0, 1.0))).problems == (
+        "places changed hands without reason",
+    )
+
+
+def test_lines_are_appended_and_a_timeline_is_a_file_of_its_own(tmp_path: Path) -> None:
+    of = scenario(recovery("Borrow", 0, 1.5), faults=2)
+    for seed in (1, 2):
+        made = line(of, KINDS["node-killed"], seed, of.before.stages[0], 42.0, ())
+        Record(made, timeline(of)).write(tmp_path / "build" / "chaos.jsonl", tmp_path / "chaos")
+
+    assert len((tmp_path / "build" / "chaos.jsonl").read_text().splitlines()) == 2
+    document = json.loads((tmp_path / "chaos" / "node-killed-2x2-2.json").read_text())
+    assert document["timeline"]["faults"] == [0.0, 10.0]
+    assert document["timeline"]["recoveries"][0]["detected"] == 1.5
+    assert "phases_ms" in document["timeline"]["recoveries"][0]
