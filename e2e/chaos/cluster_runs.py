@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+from resilientllm_cli.chaos import leaks
 from resilientllm_cli.chaos import line as lines
 from resilientllm_cli.progress import progress
 from rich.console import Console
 
+from e2e.chaos import holdings
 from e2e.chaos.kinds import ClusterKind
-from e2e.chaos.record import SHAPE, Record, line, timeline
+from e2e.chaos.record import SHAPE, After, Record, line, timeline
 from e2e.cluster.errors import ClusterError
 from e2e.demo import installation
 from e2e.scenarios.ground import Ground
@@ -61,7 +63,9 @@ def run_one(ground: Ground, kind: ClusterKind, seed: int) -> Record:
     pod = random.choice(sorted(scenario.before.alone, key=lambda each: each.place))
     problems: list[str] = []
     whole: float | None = None
+    after: After | None = None
     try:
+        before = holdings.look(ground).all
         scenario.start_load(pause_seconds=REST_SECONDS)
         time.sleep(random.uniform(0.0, LONGEST_WAIT_SECONDS))
         if not scenario.streams_run:
@@ -70,12 +74,14 @@ def run_one(ground: Ground, kind: ClusterKind, seed: int) -> Record:
         look = scenario.until_whole(WHOLE_SECONDS, moves=kind.moves)
         whole = round(look.at_seconds - scenario.first_fault.at_seconds, 1)
         scenario.judge()
-    except (ClusterError, AssertionError, OSError) as error:
+        leaked = leaks.settled(before, lambda: holdings.look(ground).all)
+        after = After(f"{ground.name}-{ground.remade}", leaked, holdings.look(ground).held())
+    except (ClusterError, AssertionError, OSError, ValueError) as error:
         problems.append(str(error))
         scenario.keep_evidence(str(error))
     finally:
         scenario.close()
-    return Record(line(scenario, kind, seed, pod, whole, problems), timeline(scenario))
+    return Record(line(scenario, kind, seed, pod, whole, problems, after), timeline(scenario))
 
 
 def _told(output: Path) -> Sequence[dict[str, object]]:

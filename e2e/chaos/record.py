@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from resilientllm_api.engine_state import RecoveryKind
+from resilientllm_cli.chaos.leaks import Leaks
 from resilientllm_cli.chaos.line import Line
 
 from e2e.chaos.kinds import ClusterKind
@@ -16,6 +17,16 @@ from e2e.demo.observation import Pod
 from e2e.scenarios.scenario import Scenario
 
 SHAPE = "2x2"
+
+
+@dataclass(frozen=True)
+class After:
+    """What there is when everything is whole again, and the streams are over."""
+
+    world: str
+    """Runs with the same one had the same pods, but for those that were lost."""
+    leaks: Leaks
+    held: Mapping[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,13 @@ class Record:
 
 
 def line(
-    scenario: Scenario, kind: ClusterKind, seed: int, victim: Pod, whole: float | None, problems: Sequence[str]
+    scenario: Scenario,
+    kind: ClusterKind,
+    seed: int,
+    victim: Pod,
+    whole: float | None,
+    problems: Sequence[str],
+    after: After | None = None,
 ) -> Line:
     """``whole``: seconds from the first fault until everything was back."""
     found, verdict = list(problems), scenario.verdict
@@ -49,6 +66,8 @@ def line(
     recoveries = scenario.recoveries()
     if recoveries and not kind.moves:
         found.append("places changed hands without reason")
+    if after is not None:
+        found += after.leaks.problems()
     return Line(
         fault=kind.name,
         shape=SHAPE,
@@ -67,6 +86,9 @@ def line(
         stalls_seconds=verdict.stalls_seconds,
         recoveries=tuple(recoveries),
         whole_after_seconds=whole,
+        leaks=asdict(after.leaks) if after is not None else {},
+        world=after.world if after is not None else "",
+        held=dict(after.held) if after is not None else {},
         problems=tuple(found),
     )
 

@@ -75,7 +75,8 @@ class Ground:
     def __init__(self, models: Path) -> None:
         """``models``: an empty folder that the nodes can read."""
         self._models = models
-        self._provider = NamespaceProvider(f"scenes-{os.getpid()}")
+        self.name = f"scenes-{os.getpid()}"
+        self._provider = NamespaceProvider(self.name)
         self._cluster: NamespaceCluster | None = None
         self._forwarded: dict[tuple[str, int], HostPort] = {}
         self.remade = 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from resilientllm_cli.chaos.leaks import Leaks
+from resilientllm_cli.chaos.line import Line
 from resilientllm_cli.comparison import Tokens
 
 from e2e.chaos.kinds import KINDS
-from e2e.chaos.record import Record, line, timeline
+from e2e.chaos.record import After, Record, line, timeline
 from e2e.scenarios.fault import Fault
 from e2e.scenarios.ground import Ground
 from e2e.scenarios.look import parse_look
@@ -91,6 +94,19 @@ def test_nobody_may_be_suspected_for_a_dead_kubelet() -> None:
     assert told("kubelet-dead", scenario(recovery("Borrow", 0, 1.0))).problems == (
         "places changed hands without reason",
     )
+
+
+def test_a_leak_is_a_problem_and_what_pods_hold_is_kept() -> None:
+    of = scenario()
+    none = Leaks(processes=0, descriptors=0, resident_bytes=0, connections=0, shared_memory=0, kv_in_use=0.0)
+    held = {"engine 0": {"life": 12, "descriptors": 90, "resident_bytes": 1 << 30}}
+
+    def after(leaks: Leaks) -> Line:
+        return line(of, KINDS["kubelet-dead"], 7, of.before.stages[0], 42.0, (), After("scenes-0", leaks, held))
+
+    assert after(none).problems == ()
+    assert (after(none).world, after(none).held) == ("scenes-0", held)
+    assert after(replace(none, kv_in_use=0.01)).problems == ("leaks kv_in_use: 0.01",)
 
 
 def test_lines_are_appended_and_a_timeline_is_a_file_of_its_own(tmp_path: Path) -> None:

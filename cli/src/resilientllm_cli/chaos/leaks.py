@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,14 @@ MORE_DESCRIPTORS = 4
 MORE_CONNECTIONS = 8
 MORE_BYTES = 64 << 20
 """Of the memory of one process, in one run; what grows by less in each of many shows in the lines."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a process."""
+
+    descriptors: int
+    resident_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,11 @@ class Leaks:
 
 def look(world: World) -> Holding:
     pids = members(set(world.processes.pids().values()))
-    descriptors, resident = {}, {}
-    for pid in pids:
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it ended while we looked
-            descriptors[pid], resident[pid] = _descriptors(pid), _resident_bytes(pid)
+    sizes = sizes_of(pids)
     return Holding(
         processes=len(pids),
-        descriptors=descriptors,
-        resident_bytes=resident,
+        descriptors={pid: size.descriptors for pid, size in sizes.items()},
+        resident_bytes={pid: size.resident_bytes for pid, size in sizes.items()},
         connections=world.network.connections(),
         shared_memory=sum(1 for _ in Path("/dev/shm").iterdir()),
         kv_in_use=max(world.kv_in_use(instance) for instance in range(world.shape.instances)),
@@ -76,25 +81,35 @@ def look(world: World) -> Holding:
 
 
 def held(world: World) -> dict[str, dict[str, int]]:
-    """By each program, its processes together; ``life`` counts its starts: what is of one life can grow."""
+    """By each program; ``life`` counts its starts: what is of one life can grow."""
+    processes = world.processes
+    return {
+        name: together(processes.starts(name), sizes_of(pids).values())
+        for name in world.names()
+        if (pids := processes.family(name))
+    }
+
+
+def together(life: int, sizes: Iterable[Size]) -> dict[str, int]:
+    """What the processes of one program hold. ``life``: which of its starts it is."""
+    sizes = list(sizes)
+    return {
+        "life": life,
+        "descriptors": sum(size.descriptors for size in sizes),
+        "resident_bytes": sum(size.resident_bytes for size in sizes),
+    }
+
+
+def sizes_of(pids: Iterable[int]) -> dict[int, Size]:
+    """Of those that still run."""
     found = {}
-    for name in world.names():
-        pids = world.processes.family(name)
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it ended while we looked
-            found[name] = {
-                "life": world.processes.starts(name),
-                "descriptors": sum(map(_descriptors, pids)),
-                "resident_bytes": sum(map(_resident_bytes, pids)),
-            }
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            found[pid] = Size(
+                descriptors=sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()),
+                resident_bytes=int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            )
     return found
-
-
-def _descriptors(pid: int) -> int:
-    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-
-
-def _resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def compare(before: Holding, after: Holding) -> Leaks:

@@ -126,8 +126,8 @@ class Network:
             self._nft(host, f"delete table ip {table}")
 
     def connections(self) -> int:
-        """Established TCP connections' ends, of all hosts. ``st`` 01 is ESTABLISHED (include/net/tcp_states.h)."""
-        return sum(self.inside(host, _established) for host in self._addresses)
+        """Ends of established TCP connections, of all hosts."""
+        return sum(self.inside(host, established) for host in self._addresses)
 
     def inside(self, host: str, do: Callable[[], T]) -> T:
         """``do`` in a thread of the host's namespace: sockets that it makes stay there."""
@@ -186,6 +186,7 @@ def _enter(namespace: Path) -> None:
         os.close(descriptor)
 
 
-def _established() -> int:
-    lines = Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]
+def established(task: str = "thread-self") -> int:
+    """Ends of established TCP connections where this task is. ``st`` 01 is ESTABLISHED (include/net/tcp_states.h)."""
+    lines = Path(f"/proc/{task}/net/tcp").read_text().splitlines()[1:]
     return sum(line.split()[3] == "01" for line in lines)
