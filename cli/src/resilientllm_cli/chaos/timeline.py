@@ -80,7 +80,7 @@ def draw(document: Mapping[str, Any], output: Path) -> None:
                     axes.axvspan(start, start + seconds, color=colour, alpha=0.5, linewidth=0, label=once(phase))
                 start += seconds
         for at in timeline["faults"]:
-            axes.axvline(at, color="#d73027", linewidth=1.2, label=once("fault, and its end"))
+            axes.axvline(at, color="#d73027", linewidth=1.2, label=once("fault, or its end"))
         last = max((stream["arrivals"][-1] for stream in timeline["streams"] if stream["arrivals"]), default=0.0)
         axes.set_xlim(-BEFORE_SECONDS, last + AFTER_SECONDS)
         axes.set_xlabel("seconds since the fault")
