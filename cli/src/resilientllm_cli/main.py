@@ -15,9 +15,11 @@ from resilientllm_cli.local import command as local_command
 from resilientllm_cli.status import command as status_command
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
+"""As a shell says it of a program that Ctrl-C has ended."""
 EPILOG = """exit codes: 0 done, and all is well; 1 done, and it is not: bench or chaos found a token lost, duplicated
 or changed, or another problem; an instance that status shows is not whole; local down took too long; 2 wrong arguments
-or surroundings, with a line that says what to do."""
+or surroundings, with a line that says what to do; 130 interrupted, and tidied up."""
 
 
 def main() -> None:
@@ -35,6 +37,9 @@ def run(words: Sequence[str]) -> int:
     except UsageError as error:
         print(f"resilientllm: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("resilientllm: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
