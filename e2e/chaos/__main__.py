@@ -8,6 +8,7 @@ Exit status: 0, or 1 when a run had a problem; 2 wrong usage; 130 interrupted (n
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -61,6 +62,10 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown faults {', '.join(unknown)}: expected some of {', '.join([*local, *cluster])}")
     arguments.local = [name for name in names if name in local]
     arguments.cluster = [name for name in names if name in cluster]
+    if arguments.cluster and os.geteuid() != 0:
+        parser.error(
+            f"{', '.join(arguments.cluster)} need a cluster, and that needs root: use sudo, or choose --faults"
+        )
     for folder in (arguments.directory, arguments.output.parent):
         try:
             folder.mkdir(parents=True, exist_ok=True)

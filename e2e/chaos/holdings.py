@@ -37,7 +37,8 @@ def look(ground: Ground) -> Holdings:
     return Holdings(
         pids,
         Holding(
-            processes=len(sizes),
+            # Those of pods that nobody knows any more, too: they would be the leak.
+            processes=len(ground.cluster.pod_processes()),
             descriptors={pid: size.descriptors for pid, size in sizes.items()},
             resident_bytes={pid: size.resident_bytes for pid, size in sizes.items()},
             # Pods have namespaces of their own.

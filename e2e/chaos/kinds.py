@@ -7,19 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+from resilientllm_api.engine_state import RecoveryKind
+
 from e2e.cluster import faults
 from e2e.cluster.commands import wait_until
 from e2e.cluster.supervisor import ready_folder
 from e2e.demo.observation import Pod
 from e2e.scenarios import fault
 from e2e.scenarios.fault import Fault
-from e2e.scenarios.ground import Ground
+from e2e.scenarios.ground import LOOK_SECONDS, Ground
 from e2e.scenarios.scenario import Scenario
 
 LANDS_SECONDS = 10.0
 SHORT_CUT_SECONDS, LONG_CUT_SECONDS = 6.0, 15.0
 AWAY_SECONDS = 20.0
 """How long a part of Kubernetes is away."""
+LATE_SECONDS = 30.0
+"""By how much later than that a busy control plane may notice that a kubelet is dead."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class ClusterKind:
     name: str
     inject: Callable[[Scenario, Pod, Random], None]
     """The pod: a stage that is alone on its node. Calls `Scenario.did`."""
-    moves: bool = True
-    """Places change hands for it."""
+    change: RecoveryKind | None = RecoveryKind.BORROW
+    """How the stage's place changes hands for it; None: not at all."""
     strikes: int = 0
     """Which of its faults ends the stage, or cuts it off: detection counts from there."""
 
@@ -51,7 +55,12 @@ def stop_kubelet(scenario: Scenario, pod: Pod, random: Random) -> None:
     ground, node = scenario.ground, fault.node_of(pod)
     pids = fault.pids_of(ground, pod)
     scenario.did(_stopped(ground, node, pids))
-    time.sleep(AWAY_SECONDS)
+    noticed = time.monotonic() + AWAY_SECONDS
+    while scenario.look().nodes[node].ready == "True":
+        assert time.monotonic() < noticed + LATE_SECONDS, f"nobody has noticed that the kubelet of {node} is dead"
+        time.sleep(LOOK_SECONDS)
+    time.sleep(max(0.0, noticed - time.monotonic()))
+    fault.alive(pids)
     ground.cluster.start_service(node, "kubelet")
 
 
@@ -82,10 +91,10 @@ def stop_api_server(scenario: Scenario, pod: Pod, random: Random) -> None:
 KINDS = {
     kind.name: kind
     for kind in (
-        ClusterKind("pod-deleted", delete_pod),
+        ClusterKind("pod-deleted", delete_pod, RecoveryKind.MOVE),
         ClusterKind("node-killed", kill_node),
         ClusterKind("cluster-node-cut", cut_node),
-        ClusterKind("kubelet-dead", stop_kubelet, moves=False),
+        ClusterKind("kubelet-dead", stop_kubelet, None),
         ClusterKind("operator-dead", kill_operator, strikes=1),
         ClusterKind("api-server-dead", stop_api_server, strikes=1),
     )

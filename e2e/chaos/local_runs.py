@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ENDS_SECONDS = 30.0
@@ -19,7 +20,8 @@ def run(words: Sequence[str]) -> int:
         try:
             return process.wait()
         except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it had just ended
+                os.killpg(process.pid, signal.SIGTERM)
             _await(process)
             raise
 

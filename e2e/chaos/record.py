@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from resilientllm_api.crd import RecoveryStatus
 from resilientllm_api.engine_state import RecoveryKind
 from resilientllm_cli.chaos.leaks import Leaks
 from resilientllm_cli.chaos.line import Line
 
 from e2e.chaos.kinds import ClusterKind
 from e2e.demo.observation import Pod
+from e2e.scenarios.look import Look
 from e2e.scenarios.scenario import Scenario
 
 SHAPE = "2x2"
@@ -60,12 +62,11 @@ def line(
         found.append("the fault did not land")
     if verdict is None:
         return Line(kind.name, SHAPE, seed, _landed(scenario), problems=(*found, "nothing was compared"))
+    found += [f"before the fault: {words}" for words in verdict.early]
     found += verdict.problems
     if not verdict.met:
         found.append("no stream was met")
-    recoveries = scenario.recoveries()
-    if recoveries and not kind.moves:
-        found.append("places changed hands without reason")
+    found += _changes_without_reason(scenario, kind, victim)
     if after is not None:
         found += after.leaks.problems()
     return Line(
@@ -81,10 +82,10 @@ def line(
         changed=verdict.tokens.changed,
         failed_explicitly=verdict.failed_explicitly,
         failed_otherwise=verdict.failed_otherwise,
-        detection_seconds=_detection_seconds(scenario, kind),
+        detection_seconds=_detection_seconds(scenario, kind, victim),
         stall_seconds=max(verdict.stalls_seconds, default=None),
         stalls_seconds=verdict.stalls_seconds,
-        recoveries=tuple(recoveries),
+        recoveries=tuple(scenario.recoveries()),
         whole_after_seconds=whole,
         leaks=asdict(after.leaks) if after is not None else {},
         world=after.world if after is not None else "",
@@ -117,14 +118,37 @@ def _landed(scenario: Scenario) -> dict[str, Any]:
     return {each.what: each.evidence for each in scenario.faults}
 
 
-def _detection_seconds(scenario: Scenario, kind: ClusterKind) -> float | None:
-    """From the fault that struck the stage to the engine's suspicion."""
+def _detection_seconds(scenario: Scenario, kind: ClusterKind, victim: Pod) -> float | None:
+    """From the fault that struck the stage to the engine's suspicion of it."""
     if len(scenario.faults) <= kind.strikes:
         return None
     since = scenario.faults[kind.strikes].at
     suspicions = [
         (each.detected_at - since).total_seconds()
         for each in scenario.now.recoveries_since(since)
-        if each.kind is RecoveryKind.BORROW
+        if each.kind is RecoveryKind.BORROW and _is_of(each, victim)
     ]
     return round(min(suspicions), 4) if suspicions else None
+
+
+def _changes_without_reason(scenario: Scenario, kind: ClusterKind, victim: Pod) -> Iterator[str]:
+    """Of places that the fault does not explain: others than the victim's, or for another reason, or before it."""
+    for each in scenario.now.recoveries_since(scenario.load_at):
+        place = ", ".join(f"{each.instance}.{stage}" for stage in each.stages)
+        early = not scenario.faults or each.detected_at < scenario.first_fault.at
+        # What has gone comes home.
+        explained = each.kind in (kind.change, RecoveryKind.SWAP_BACK) and kind.change is not None
+        if early or not explained or not _is_of(each, victim):
+            yield f"{each.kind} of {place} without reason{' before the fault' * early}: {each.reason or 'none given'}"
+    # A stage that goes on where it is keeps its pod and its process.
+    if kind.change is None and _lives(scenario.before) != _lives(scenario.now):
+        yield "pods were replaced or started again"
+
+
+def _lives(look: Look) -> dict[str, int]:
+    """Restarts of each pod."""
+    return {pod.uid: pod.restarts for pod in look.pods}
+
+
+def _is_of(recovery: RecoveryStatus, victim: Pod) -> bool:
+    return (recovery.instance, recovery.stages) == (victim.instance, (victim.stage,))

@@ -99,6 +99,12 @@ class NamespaceCluster:
         # Pid 1 of a container is its main process; what came later has a higher number there.
         return sorted(pids, key=lambda pid: cgroups.namespace_pids(pid)[-1:])
 
+    def pod_processes(self) -> list[int]:
+        """Of all pods on all nodes, whether the API server knows of them or not."""
+        groups = [faults.group_of(self.layout, node) for node in self.nodes()]
+        folders = [(group, folder.name) for group in groups for folder in cgroups.record(group).glob("kubepods*")]
+        return [pid for group, name in folders for pid in cgroups.processes(f"{group}/{name}")]
+
     def kill_node(self, node: str) -> None:
         faults.cut_power(self.layout, self.layout.node(node))
         launch.reap()

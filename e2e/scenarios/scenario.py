@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from resilientllm_api.crd import ConditionType, RecoveryStatus
@@ -34,6 +34,8 @@ class Scenario:
         self.verdict: Verdict | None = None
         self.times: dict[str, float] = {}
         """Seconds from the first fault to each thing that was waited for."""
+        self.load_at = datetime.now(UTC)
+        """When streams began, or could have."""
         self._load: Load | None = None
 
     @property
@@ -51,6 +53,7 @@ class Scenario:
 
     def start_load(self, *, engines: Iterable[int] = (0, 1), pause_seconds: float = PAUSE_SECONDS) -> None:
         """Streams that all run when this returns, so that what follows meets them in the middle."""
+        self.load_at = datetime.now(UTC)
         self._load = self.ground.load(engines=engines, pause_seconds=pause_seconds)
         self._load.reach_the_middle(MIDDLE_SECONDS)
 

@@ -33,15 +33,28 @@ class Verdict:
     stalls_seconds: tuple[float, ...]
     """The same, of each stream that the fault met."""
 
+    early: tuple[str, ...] = ()
+    """Problems of streams that were over before the fault, and that are counted nowhere else."""
+
     @property
     def unharmed(self) -> bool:
         return not self.problems
 
 
 def judge(sent: Iterable[Sent], reference: Reference, fault_seconds: float) -> Verdict:
-    """``fault_seconds``: of ``time.monotonic``. Streams that were over before say nothing, and are left out."""
+    """``fault_seconds``: of ``time.monotonic``. Streams that were over before say nothing of it, and are left out."""
+    sent = list(sent)
+    early = [each for each in sent if each.ended_seconds is not None and each.ended_seconds <= fault_seconds]
     streams = [each for each in sent if each.ended_seconds is None or each.ended_seconds > fault_seconds]
-    compared = {id(each): compare(reference[each.stream.index], each.stream.tokens) for each in streams}
+    compared = {id(each): compare(reference[each.stream.index], each.stream.tokens) for each in sent}
+
+    def told(these: Iterable[Sent]) -> tuple[str, ...]:
+        return tuple(
+            f"{each.target}, round {each.round}, prompt {each.stream.index}: {words}"
+            for each in these
+            if (words := _problem(each, compared[id(each)]))
+        )
+
     met = [each for each in streams if each.asked_seconds < fault_seconds]
     errors = [each.stream.error for each in streams if each.stream.error is not None]
     explicit = sum(SEND_AGAIN in error for error in errors)
@@ -51,14 +64,11 @@ def judge(sent: Iterable[Sent], reference: Reference, fault_seconds: float) -> V
         without_token=sum(not each.stream.tokens or each.stream.arrivals_seconds[0] > fault_seconds for each in met),
         failed_explicitly=explicit,
         failed_otherwise=len(errors) - explicit,
-        tokens=total(compared.values()),
-        problems=tuple(
-            f"{each.target}, round {each.round}, prompt {each.stream.index}: {words}"
-            for each in streams
-            if (words := _problem(each, compared[id(each)]))
-        ),
+        tokens=total(compared[id(each)] for each in streams),
+        problems=told(streams),
         worst_stall_seconds=stall_between(streams, fault_seconds, float("inf")),
         stalls_seconds=tuple(round(stall_between([each], fault_seconds, float("inf")), 4) for each in met),
+        early=told(early),
     )
 
 

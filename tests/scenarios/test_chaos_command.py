@@ -38,6 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(local_runs, "run", made.run_local)
     monkeypatch.setattr(cluster_runs, "run", made.run_cluster)
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     return made
 
 
@@ -106,9 +107,24 @@ def test_a_folder_that_cannot_be_is_wrong_usage(
     assert "must be a folder" in capsys.readouterr().err
 
 
-def test_no_cluster_is_made_for_runs_that_are_there_already(tmp_path: Path) -> None:
+def test_a_cluster_without_root_is_wrong_usage_before_anything_ran(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, "--faults=hang,node-killed")
+    assert exit_.value.code == command.WRONG_USAGE
+    assert "node-killed need a cluster" in capsys.readouterr().err
+    assert calls.local is None
+    assert run(tmp_path, "--faults=hang") == 0
+
+
+def test_no_cluster_is_made_for_runs_that_are_there_already_or_too_late(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "chaos.jsonl"
     output.write_text('{"fault": "node-killed", "shape": "2x2", "seed": 1}\n')
     kinds = [CLUSTER_KINDS["node-killed"]]
     assert not cluster_runs.run(kinds, [1], output, tmp_path, float("inf"), resume=True)
     assert not cluster_runs.run(kinds, [2], output, tmp_path, time.monotonic() - 1, resume=True)
+    assert "1 runs on a cluster were not begun" in capsys.readouterr().err

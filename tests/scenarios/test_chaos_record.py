@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from resilientllm_cli.chaos.leaks import Leaks
 from resilientllm_cli.chaos.line import Line
 from resilientllm_cli.comparison import Tokens
@@ -37,6 +38,7 @@ GOOD = Verdict(
 def scenario(*recoveries: dict[str, Any], verdict: Verdict | None = GOOD, faults: int = 1) -> Scenario:
     seen = items()
     made = Scenario(Ground(Path()), "chaos/x", parse_look(seen, "tiny", 0.0))
+    made.load_at = START
     for number in range(faults):
         made.did(Fault(f"fault {number}", START + timedelta(seconds=10 * number), 10.0 * number, "seen"))
     seen[0]["status"]["recoveries"] = list(recoveries)
@@ -70,29 +72,60 @@ def test_a_fault_that_did_not_strike_the_stage_did_not_land() -> None:
 
 
 def test_a_run_that_met_nobody_or_compared_nothing_is_a_problem() -> None:
-    nobody = Verdict(**{**vars(GOOD), "met": 0, "stalls_seconds": ()})
+    nobody = replace(GOOD, met=0, stalls_seconds=())
     assert told("pod-deleted", scenario(verdict=nobody)).problems == ("no stream was met",)
     assert told("pod-deleted", scenario(verdict=None)).problems == ("nothing was compared",)
 
 
 def test_what_clients_lost_is_counted_and_told() -> None:
-    bad = Verdict(
-        **{
-            **vars(GOOD),
-            "tokens": Tokens(10, lost=3, duplicated=2, changed=1),
-            "problems": ("broke",),
-            "failed_otherwise": 1,
-        }
-    )
+    bad = replace(GOOD, tokens=Tokens(10, lost=3, duplicated=2, changed=1), problems=("broke",), failed_otherwise=1)
     of = told("pod-deleted", scenario(verdict=bad), "did not become whole")
     assert (of.lost, of.duplicated, of.changed, of.failed_otherwise) == (3, 2, 1, 1)
     assert of.problems == ("did not become whole", "broke")
 
 
-def test_nobody_may_be_suspected_for_a_dead_kubelet() -> None:
-    assert told("kubelet-dead", scenario()).problems == ()
-    assert told("kubelet-dead", scenario(recovery("Borrow", 0, 1.0))).problems == (
-        "places changed hands without reason",
+@pytest.mark.parametrize(
+    ("kind", "recoveries", "problem"),
+    [
+        ("kubelet-dead", [("Borrow", 0, 1.0)], "Borrow of 0.0 without reason: none given"),
+        ("pod-deleted", [("Borrow", 0, 1.0)], "Borrow of 0.0 without reason: none given"),
+        ("node-killed", [("Borrow", 0, 5.0), ("Borrow", 1, 6.0)], "Borrow of 1.0 without reason: none given"),
+        ("node-killed", [("Borrow", 0, 5.0), ("Move", 1, 6.0)], "Move of 1.0 without reason: none given"),
+        ("node-killed", [("Borrow", 0, -1.0)], "Borrow of 0.0 without reason before the fault: none given"),
+    ],
+)
+def test_places_may_change_hands_only_as_the_fault_explains(
+    kind: str, recoveries: list[tuple[str, int, float]], problem: str
+) -> None:
+    made = scenario(*(recovery(*each) for each in recoveries))
+    made.load_at = START - timedelta(seconds=5)
+    assert told(kind, made).problems == (problem,)
+
+
+def test_what_was_before_the_streams_is_no_problem_and_no_detection() -> None:
+    made = scenario(recovery("Borrow", 0, -9.0), recovery("SwapBack", 0, -7.0))
+    made.load_at = START - timedelta(seconds=5)
+    assert (told("kubelet-dead", made).problems, told("node-killed", made).detection_seconds) == ((), None)
+
+
+def test_only_the_suspicion_of_the_victim_is_its_detection() -> None:
+    assert (
+        told("node-killed", scenario(recovery("Borrow", 1, 0.5), recovery("Borrow", 0, 4.5))).detection_seconds == 4.5
+    )
+
+
+def test_a_stage_that_was_to_go_on_must_be_the_same_afterwards() -> None:
+    made = scenario()
+    seen = items()
+    next(each for each in seen if each["kind"] == "Pod")["metadata"]["uid"] = "another"
+    made.looks.append(parse_look(seen, "tiny", 2.0))
+    assert told("kubelet-dead", made).problems == ("pods were replaced or started again",)
+
+
+def test_a_stream_that_broke_before_the_fault_is_a_problem() -> None:
+    early = replace(GOOD, early=("service, round 0, prompt 0: broke",))
+    assert told("node-killed", scenario(verdict=early)).problems == (
+        "before the fault: service, round 0, prompt 0: broke",
     )
 
 

@@ -35,10 +35,13 @@ def test_equal_streams_are_unharmed_and_the_longest_wait_is_told() -> None:
     assert verdict.worst_stall_seconds == 6.5
 
 
-def test_a_stream_that_was_over_before_the_fault_says_nothing() -> None:
-    verdict = judge([sent(0, [9], [50.0], asked=40.0, ended=60.0)], REFERENCE, FAULT)
+def test_a_stream_that_was_over_before_the_fault_says_nothing_of_it() -> None:
+    good = sent(0, [1, 2, 3, 4], [50.0, 51.0, 52.0, 53.0], asked=40.0, ended=60.0)
+    bad = sent(1, [9], [50.0], asked=40.0, ended=60.0)
+    verdict = judge([good, bad], REFERENCE, FAULT)
 
-    assert (verdict.streams, verdict.met, verdict.tokens) == (0, 0, Tokens())
+    assert (verdict.streams, verdict.met, verdict.tokens, verdict.problems) == (0, 0, Tokens(), ())
+    assert verdict.early == ("service, round 0, prompt 1: 3 lost, 0 duplicated, 1 changed",)
 
 
 def test_waiting_for_the_first_token_is_a_stall_too() -> None:
