@@ -34,7 +34,7 @@ def test_there_is_no_thread_without_a_target() -> None:
         source.compute(1, 2)
         source.redirect(None)
         source.overwrite(1)
-        assert set(threading.enumerate()) == before
+        assert set(threading.enumerate()) <= before  # those of another test may end meanwhile
         report = source.replicator.report()
         assert (report.address, report.stored_blocks, report.lag_blocks) == ("", 0, 0)
 
