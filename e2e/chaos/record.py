@@ -135,7 +135,7 @@ def _changes_without_reason(scenario: Scenario, kind: ClusterKind, victim: Pod) 
     """Of places that the fault does not explain: others than the victim's, or for another reason, or before it."""
     for each in scenario.now.recoveries_since(scenario.load_at):
         place = ", ".join(f"{each.instance}.{stage}" for stage in each.stages)
-        early = not scenario.faults or each.detected_at < scenario.first_fault.at
+        early = len(scenario.faults) <= kind.strikes or each.detected_at < scenario.faults[kind.strikes].at
         # What has gone comes home.
         explained = each.kind in (kind.change, RecoveryKind.SWAP_BACK) and kind.change is not None
         if early or not explained or not _is_of(each, victim):

@@ -102,6 +102,11 @@ def test_places_may_change_hands_only_as_the_fault_explains(
     assert told(kind, made).problems == (problem,)
 
 
+def test_a_stage_may_not_be_suspected_before_it_was_struck() -> None:
+    early = told("operator-dead", scenario(recovery("Borrow", 0, 4.0), faults=2))
+    assert early.problems == ("Borrow of 0.0 without reason before the fault: none given",)
+
+
 def test_what_was_before_the_streams_is_no_problem_and_no_detection() -> None:
     made = scenario(recovery("Borrow", 0, -9.0), recovery("SwapBack", 0, -7.0))
     made.load_at = START - timedelta(seconds=5)
